@@ -1,0 +1,1 @@
+"""Methods: one recipe a file, read top to bottom; they join the other rooms, which do not know them."""

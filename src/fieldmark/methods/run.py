@@ -1,0 +1,200 @@
+"""What every method shares around its training: settings, the run folder, the evaluation before and after."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+import yaml
+from sentence_transformers import SentenceTransformer
+
+from fieldmark.data.catalog import load_catalog, select_split
+from fieldmark.errors import FieldmarkError
+from fieldmark.evaluation.student import evaluate_student
+from fieldmark.losses.metric import MetricLoss, build_metric_loss
+from fieldmark.methods.trainer import ClassBalancedSteps, last_checkpoint, training_arguments
+from fieldmark.students.build import build_student
+
+
+@dataclass
+class TrainConfig:
+    """Settings that every method has.
+
+    Attributes:
+        data: source of the catalogue (`aviary`, a folder, a CSV/JSONL/Parquet file, `grocery:DIR`).
+        out: run folder.
+        student: checkpoint the student's tower comes from (a folder or a hub id), or a trained student.
+        pooling: how tokens become one vector.
+        embedding_dim: size of the embedding; null keeps the tower's.
+        resolution: side of the square photo in pixels.
+        loss: metric loss (proxy_anchor, potential_field, multi_similarity, info_nce).
+        loss_options: options of that loss, e.g. {"temperature": 0.05}.
+        classes_per_batch: classes in a micro-batch.
+        items_per_class: photos of each class in a micro-batch.
+        epochs: passes over the training photos (papers.md 1.6: 3); `max_steps` wins where it is given.
+        max_steps: optimizer steps, or null.
+        learning_rate: of the tower.
+        pooler_learning_rate: of the pooler.
+        proxy_learning_rate: of the proxies; null is 100 x `learning_rate` (Proxy Anchor's own recipe).
+        weight_decay: of AdamW.
+        warmup: share of steps with rising learning rate.
+        max_grad_norm: clip of the global gradient norm of tower and pooler.
+        seed: of everything random.
+        save_steps: steps between checkpoints, 0 for none.
+        workers: processes that decode photos beside the training, 0 to decode in it.
+        eval_batch_size: photos a batch when embedding.
+        precision: fp32 or bf16 (autocast).
+        resume: go on from the last checkpoint of `out`.
+    """
+
+    data: str
+    out: str
+    student: str | None = None
+    pooling: Literal["attention", "mean"] = "attention"
+    embedding_dim: int | None = None
+    resolution: int = 224
+    loss: str = "proxy_anchor"
+    loss_options: dict[str, Any] | None = None
+    classes_per_batch: int = 16
+    items_per_class: int = 4
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float = 2e-5
+    pooler_learning_rate: float = 1e-4
+    proxy_learning_rate: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_steps: int = 0
+    workers: int = 0
+    eval_batch_size: int = 64
+    precision: Literal["fp32", "bf16"] = "fp32"
+    resume: bool = False
+
+
+@dataclass
+class Task:
+    """A catalogue made ready for training and measuring."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    classes: list[str]
+    photos: datasets.Dataset
+    labels: list[int]
+
+
+def open_task(config: TrainConfig) -> Task:
+    """Reads the catalogue: training photos with class indices, and the test part of the zero-shot protocol."""
+    catalog = load_catalog(config.data)
+    train, test = select_split(catalog, "train"), select_split(catalog, "test")
+    names = train["label"][:]
+    if any(name is None for name in names):
+        raise FieldmarkError(
+            f"{config.data} has training photos without a label; metric learning needs a class for each, add a label column."
+        )
+    classes = sorted(set(names))
+    if len(classes) < 2:
+        raise FieldmarkError(f"{config.data} has {len(classes)} training class; at least 2 are needed.")
+    index = {name: i for i, name in enumerate(classes)}
+    labels = [index[name] for name in names]
+    photos = train.select_columns(["image"]).rename_column("image", "photo").add_column("label", labels)
+    return Task(train, test, classes, photos, labels)
+
+
+def check_folder(config: TrainConfig) -> Path:
+    """Makes the run folder and writes its `config.yaml`; a folder with a finished or other run is refused."""
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise FieldmarkError(f"--out {out} is a file; give a folder for the run.")
+    if out.is_dir() and any(out.iterdir()) and not config.resume:
+        raise FieldmarkError(f"--out {out} is not empty; give a new folder, or --resume true to go on with that run.")
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in asdict(config).items() if key != "resume"}
+    (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return out
+
+
+def make_student(config: TrainConfig, source: str) -> SentenceTransformer:
+    """The student at the start of training."""
+    return build_student(
+        source, pooling=config.pooling, embedding_dim=config.embedding_dim, resolution=config.resolution
+    )
+
+
+def make_loss(config: TrainConfig, student: SentenceTransformer, num_classes: int) -> MetricLoss:
+    """The metric loss around the student, its proxies drawn from the run's seed."""
+    torch.manual_seed(config.seed)
+    dim = student.get_embedding_dimension()
+    assert dim is not None
+    return MetricLoss(student, build_metric_loss(config.loss, num_classes, dim, **(config.loss_options or {})))
+
+
+def make_batches(config: TrainConfig, labels: Sequence[int], world_size: int = 1) -> ClassBalancedSteps:
+    """The run's class-balanced batches; with fewer classes than asked for, all of them."""
+    classes = min(config.classes_per_batch, len(set(labels)))
+    size = classes * config.items_per_class
+    if size % world_size:
+        raise FieldmarkError(
+            f"A batch of {size} photos cannot be shared by {world_size} processes; "
+            f"choose classes_per_batch x items_per_class as a multiple of {world_size}."
+        )
+    steps = config.max_steps or max(1, round(config.epochs * len(labels) / size))
+    return ClassBalancedSteps(
+        list(labels), classes, config.items_per_class, seed=config.seed, steps=steps, world_size=world_size
+    )
+
+
+def make_arguments(config: TrainConfig, out: Path, batches: ClassBalancedSteps, loss: MetricLoss) -> Any:
+    """Learning rates per part: the pooler's, the proxies', and the tower's for all else."""
+    rates = {r"^model\.1\.": config.pooler_learning_rate}
+    if any(True for _ in loss.metric.parameters()):
+        rates[r"^metric\."] = config.proxy_learning_rate or 100 * config.learning_rate
+    return training_arguments(
+        out / "checkpoints",
+        seed=config.seed,
+        steps=batches.steps,
+        batch_size=batches.batch_size,
+        learning_rate=config.learning_rate,
+        learning_rates=rates,
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+        save_steps=config.save_steps,
+        workers=config.workers,
+        bf16=config.precision == "bf16",
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
+    """The checkpoint a resumed run starts from (none: from the beginning), the log cut back to its step."""
+    found = last_checkpoint(out / "checkpoints") if config.resume else None
+    step = int(found.name.rpartition("-")[2]) if found else 0
+    log = out / "log.jsonl"
+    if log.exists():
+        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return str(found) if found else None
+
+
+def measure(student: SentenceTransformer, test: datasets.Dataset, config: TrainConfig) -> dict[str, float]:
+    """All metrics of the student on the test part."""
+    return evaluate_student(student, test, batch_size=config.eval_batch_size).metrics
+
+
+def save_run(out: Path, student: SentenceTransformer, metrics: dict[str, Any], started: float) -> None:
+    """Writes `model/` and `metrics.json` (metrics before and after, seconds, peak memory); checkpoints go when it is whole."""
+    student.save_pretrained(str(out / "model"), create_model_card=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    metrics = metrics | {"seconds": round(time.time() - started, 1), "peak_memory_gb": round(peak, 2)}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints").mkdir()
