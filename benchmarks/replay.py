@@ -146,7 +146,7 @@ def replay_shared(teacher: Teacher, checkpoint: bool) -> None:
 def replay_batch(teacher: Teacher, checkpoint: bool) -> None:
     prompt, visual, ids, _ = make_inputs(teacher)
     if checkpoint:
-        teacher.model.gradient_checkpointing_enable()
+        teacher.model.activation_checkpointing_enable()
         teacher.language_model.train()
     _stock_replay(teacher, prompt, _with_gradient(visual), ids)
 
@@ -154,7 +154,7 @@ def replay_batch(teacher: Teacher, checkpoint: bool) -> None:
 def replay_single(teacher: Teacher, checkpoint: bool) -> None:
     prompt, visual, ids, _ = make_inputs(teacher)
     if checkpoint:
-        teacher.model.gradient_checkpointing_enable()
+        teacher.model.activation_checkpointing_enable()
         teacher.language_model.train()
     visual = _with_gradient(visual)
     for row in ids:
@@ -230,11 +230,14 @@ def work(row: str, size: str, threads: int, checkpoint: bool) -> dict[str, float
     teacher = make_teacher(size)
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = _resident()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     globals()[row](teacher, checkpoint)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "extra_mb": peak - before, "parameters": sum(p.numel() for p in teacher.model.parameters())}
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "extra_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before,
+        "parameters": sum(p.numel() for p in teacher.model.parameters()),
+    }
 
 
 def measure(size: str, repeats: int, threads: int, checkpoint: bool) -> list[dict[str, Any]]:

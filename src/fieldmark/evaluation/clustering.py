@@ -24,9 +24,9 @@ MAX_ITERATIONS = 100
 def clustering_metrics(embeddings: Any, labels: Any, *, seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> dict[str, float]:
     """NMI, ARI and purity of k-means with as many clusters as there are labels.
 
-    Rows are divided by their length first. Each seed runs k-means++ once and at most 100 Lloyd iterations on one core; the
-    cost is one [N, D] x [D, (3 + log k) k] product for the start and one [N, D] x [D, k] product an iteration
-    (5,924 x 512 in 100 clusters: about a second a seed; 60,000 x 512 in 11,000 clusters: minutes a seed).
+    Rows are divided by their length first. Each seed runs k-means++ once and at most 100 Lloyd iterations, on one
+    core; the cost is one [N, D] x [D, (3 + log k) k] product for the start and one [N, D] x [D, k] product an
+    iteration (5,924 x 512 in 100 clusters: about a second a seed; 60,000 x 512 in 11,000 clusters: minutes a seed).
 
     Args:
         embeddings: [N, D] torch or numpy.

@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fieldmark.data.batches import sample_pairs
+from fieldmark.data.batches import class_centroids, sample_pairs
 from fieldmark.errors import FieldmarkError
 from fieldmark.losses.attention import attention_alignment
 from fieldmark.losses.policy import group_advantages, policy_gradient_sum
@@ -216,7 +216,7 @@ class SagaTrainer(FieldmarkTrainer):
             seed=config.seed,
             epoch=step,
             step=micro,
-            kind="balanced_lookalike" if config.lookalikes else "balanced",
+            kind="balanced",
             centroids=self._centroids(batch, labels) if config.lookalikes else None,
         )
         mine = list(enumerate(pairs))[self.args.process_index :: self.args.world_size]
@@ -276,11 +276,13 @@ class SagaTrainer(FieldmarkTrainer):
         dtype = self.teacher.dtype
         return VisualTokens(out["token_embeddings"].to(dtype), tuple(t.to(dtype) for t in out["deepstack"]))
 
-    def _centroids(self, batch: list[int], labels: list[int]) -> Tensor:
-        """[C, D] mean embedding of each class of the batch, for look-alike partners."""
+    def _centroids(self, batch: list[int], labels: list[int]) -> dict[Any, Any]:
+        """Mean embedding of each class of the batch, for look-alike partners."""
         refs = [self.train_dataset[i]["photo"] for i in batch]
-        out = self.model(self._prepare_inputs(dict(self.tower.preprocess(refs))))["sentence_embedding"].float().cpu()
-        return torch.stack([out[torch.tensor([y == c for y in labels])].mean(0) for c in sorted(set(labels))])
+        self.model.eval()
+        features = self.model(self._prepare_inputs(dict(self.tower.preprocess(refs))))
+        self.model.train()
+        return class_centroids(labels, features["sentence_embedding"])
 
     # -- phase C: replay with gradient --------------------------------------------------------------------------------------
 

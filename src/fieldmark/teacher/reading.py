@@ -8,12 +8,20 @@ The heads are thrown away: what stays are tokens a small language model can read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from fieldmark.data.aviary import draw_with_masks_uri
+from fieldmark.data.photos import open_photo
+from fieldmark.students.tower import VisionTower
 
 
 @dataclass(frozen=True)
@@ -87,3 +95,110 @@ class AttributeReader(nn.Module):
         if len(local) == 0:
             return F.binary_cross_entropy_with_logits(place, there)
         return F.binary_cross_entropy_with_logits(place, there) + F.cross_entropy(scores[seen], local, ignore_index=-1)
+
+
+class PhotoSource(Dataset):
+    """Photos of a catalogue, normalised for a tower, with the value indices and, for drawn birds, the true places.
+
+    Half of the photos are mirrored at random (a pure function of seed, epoch and index).
+    """
+
+    def __init__(self, tower: VisionTower, refs: Sequence[str], truth: Tensor, table: AttributeTable, seed: int) -> None:
+        self.tower, self.refs, self.truth, self.table, self.seed = tower, refs, truth, table, seed
+        self.epoch = 0
+        self.drawn = all(isinstance(ref, str) and ref.startswith("aviary://") for ref in refs)
+        self.side = math.isqrt(tower.tokens_per_image)
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        ref = self.refs[index]
+        cover = torch.zeros(0)
+        if self.drawn:
+            drawing = draw_with_masks_uri(ref)
+            photo: Any = drawing.image
+            masks = np.stack([drawing.masks[name] for name in self.table.names]).astype(np.float32)
+            cell = masks.shape[-1] // self.side
+            cover = torch.from_numpy(masks.reshape(len(masks), self.side, cell, self.side, cell).mean((2, 4)))
+        else:
+            photo = open_photo(ref)
+        pixels = self.tower.preprocess([photo])["pixel_values"][0]
+        if np.random.default_rng((self.seed, self.epoch, index)).random() < 0.5:
+            pixels, cover = pixels.flip(-1), cover.flip(-1)
+        return pixels, self.truth[index], cover.flatten(1) if self.drawn else cover
+
+
+def train_tower(
+    tower: VisionTower,
+    refs: Sequence[str],
+    truth: Tensor,
+    table: AttributeTable,
+    *,
+    steps: int,
+    batch_size: int = 48,
+    learning_rate: float = 1.5e-3,
+    workers: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> float:
+    """Trains all of the tower to read the attributes; returns the share read right over the last steps (training photos).
+
+    Args:
+        tower: changed in place.
+        refs: photos.
+        truth: [photos, A] value indices, -1 where not given.
+        table: names and values.
+        steps: optimizer steps.
+        batch_size: photos a step.
+        learning_rate: peak of a warm-up and cosine schedule.
+        workers: processes that decode or draw.
+        seed: of order, mirroring and heads.
+        progress: called with the number of steps done and the loss.
+    """
+    torch.manual_seed(seed)
+    heads = nn.ModuleList(AttributeReader(tower.token_dim, table) for _ in range(1 + _deepstack_count(tower)))
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
+    source = PhotoSource(tower, refs, truth, table, seed)
+    recent: list[float] = []
+    tower.train()
+    step = 0
+    while step < steps:
+        order = torch.Generator().manual_seed(seed + source.epoch)
+        sampler = torch.randperm(len(refs), generator=order).tolist()
+        loader = DataLoader(source, batch_size, sampler=sampler, num_workers=workers, drop_last=True)
+        for pixels, target, cover in loader:
+            features = tower({"pixel_values": pixels})
+            maps = [features["token_embeddings"], *features["deepstack"]]
+            losses, right = [], torch.zeros(0)
+            for number, (head, tokens) in enumerate(zip(heads, maps, strict=True)):
+                loss, read = head.loss(tokens, target, cover if source.drawn else None)  # type: ignore[operator]
+                losses.append(loss if number == 0 else 0.5 * loss)
+                right = read if number == 0 else right
+            total = torch.stack(losses).sum()
+            optimizer.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            recent = [*recent[-19:], float(right.nanmean())]
+            step += 1
+            if progress is not None:
+                progress(step, float(total.detach()))
+            if step == steps:
+                break
+        source.epoch += 1
+    tower.eval()
+    return sum(recent) / len(recent)
+
+
+def _deepstack_count(tower: VisionTower) -> int:
+    return len(tower.vision_config.get("deepstack_visual_indexes") or ())
+
+
+def warm_cosine(step: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:
+    """Learning-rate factor: linear rise, then a cosine down to `floor`."""
+    rise = min(1.0, (step + 1) / min(warm, max(1, steps // 10)))
+    return rise * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))

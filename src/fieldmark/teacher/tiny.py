@@ -17,13 +17,14 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+IMAGE_TOKEN = "<|image_pad|>"
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
     "<|vision_start|>",
     "<|vision_end|>",
-    "<|image_pad|>",
+    IMAGE_TOKEN,
     "<|video_pad|>",
 )
 

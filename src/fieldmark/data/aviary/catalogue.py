@@ -70,7 +70,7 @@ def _parse(uri: str) -> tuple[Species, int, str]:
     match = _URI.fullmatch(uri)
     if match is None or match[1] not in PARTS:
         raise FieldmarkError(
-            f"{uri!r} is no photo of the aviary; expected aviary://SPLIT/SPECIES/NUMBER, SPLIT one of {', '.join(PARTS)}."
+            f"{uri!r} is no aviary photo; expected aviary://SPLIT/SPECIES/NUMBER, SPLIT one of {', '.join(PARTS)}."
         )
     return species_named(match[2]), int(match[3]), match[1]
 

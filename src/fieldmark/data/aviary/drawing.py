@@ -1,8 +1,8 @@
 """Draws a photo of a species, and on request the mask of every part that carries a field mark.
 
 A photo is a function of (species, seed, split). All that does not belong to the species (pose, light, background,
-twigs, blur, noise, JPEG) is rolled before the species is looked at, so two species drawn with the same ``nuisance_key`` differ
-by their marks and by nothing else.
+twigs, blur, noise, JPEG) is rolled before the species is looked at: two species drawn with the same ``nuisance_key``
+differ by their marks and by nothing else.
 """
 
 from __future__ import annotations

@@ -1,0 +1,333 @@
+"""`fieldmark build-teacher`: a small teacher for a catalogue with attributes, when no public multimodal LLM serves.
+
+1. The catalogue's teacher part: classes that are neither trained on nor tested by any student.
+2. A tokenizer for the answers it will give.
+3. A body: Qwen3-VL's architecture, made from nothing; or, with `--tower`, a pre-trained vision network, a projector and a
+   small language model (`composed`).
+4. The tower learns to read attributes (`reading`); a pre-trained one stays as it is and only the projector is fitted.
+5. The language model learns to say them and to give a verdict (`speaking`).
+6. An examination on classes it has never seen (`examine`), a card, safetensors in bf16.
+
+A killed build goes on where the last finished stage ended (`--resume true`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from fieldmark.data.catalog import load_catalog, select_split
+from fieldmark.errors import FieldmarkError
+from fieldmark.progress import progress_bar
+from fieldmark.students.tower import VisionTower
+from fieldmark.teacher.compare import Domain, answer_json, compare_prompt, domain_for_attributes
+from fieldmark.teacher.examine import Examination, examine
+from fieldmark.teacher.model import Teacher
+from fieldmark.teacher.reading import AttributeTable, fit_projector, train_tower
+from fieldmark.teacher.speaking import PairDrawer, PhotoBank, train_language
+from fieldmark.teacher.tiny import make_model, make_processor, make_tokenizer
+
+
+@dataclass
+class BuildConfig:
+    """Settings of `build-teacher`.
+
+    Attributes:
+        data: catalogue with attributes (`aviary`, `aviary:PHOTOS_PER_SPECIES`, `grocery:DIR`, a table with a train split).
+        out: folder of the teacher.
+        tower: folder or hub id of a pre-trained timm network; null makes a Qwen3-VL tower from nothing.
+        tower_steps: optimizer steps of the tower (or of the projector).
+        tower_batch: photos a step.
+        tower_learning_rate: its peak.
+        language_steps: optimizer steps of the language model.
+        language_batch: pairs a step.
+        language_learning_rate: its peak.
+        views: mirrored and shifted views kept of each photo for the language stage.
+        max_photos: photos of the teacher part that are used for the language stage, spread over the classes.
+        resolution: side of the square photo.
+        exam_pairs: pairs of the examination.
+        workers: processes that decode or draw.
+        seed: of everything random.
+        resume: go on with a killed build.
+    """
+
+    data: str
+    out: str
+    tower: str | None = None
+    tower_steps: int = 800
+    tower_batch: int = 48
+    tower_learning_rate: float = 1.5e-3
+    language_steps: int = 1500
+    language_batch: int = 16
+    language_learning_rate: float = 1e-3
+    views: int = 1
+    max_photos: int = 6000
+    resolution: int = 224
+    exam_pairs: int = 128
+    workers: int = 1
+    seed: int = 0
+    resume: bool = False
+
+
+def build_teacher(config: BuildConfig) -> Path:
+    """Builds, examines and saves a teacher; returns its folder."""
+    started = time.time()
+    out = _open_folder(config)
+    torch.manual_seed(config.seed)
+    # 1. Catalogue
+    catalog = load_catalog(config.data, part="teacher")
+    attributes = class_attributes(catalog)
+    domain = domain_for_attributes(list(next(iter(attributes.values()))))
+    # 2. Tokenizer, 3. body
+    tokenizer = make_tokenizer(_texts(domain, list(attributes.values()), config.seed))
+    if config.tower is None:
+        processor: Any = make_processor(tokenizer, config.resolution)
+        teacher = Teacher(make_model(tokenizer), processor)
+    else:
+        from fieldmark.teacher.composed import make_composed
+
+        pretrained = VisionTower.from_pretrained(config.tower, config.resolution)
+        model, processor = make_composed(pretrained, tokenizer)
+        teacher = Teacher(model, processor)
+    _save(teacher, out / "stages" / "body")
+    # 4. Tower
+    tower = VisionTower.from_pretrained(out / "stages" / "body", config.resolution)
+    table = AttributeTable.of([attributes[label] for label in catalog["label"]])
+    truth = table.encode([attributes[label] for label in catalog["label"]])
+    _stage(
+        out / "stages" / "tower.safetensors",
+        tower,
+        lambda: _teach_tower(config, tower, list(catalog["image"]), truth, table),
+    )
+    put_tower(teacher, tower)
+    # 5. Language
+    bank = photo_bank(tower, catalog, attributes, max_photos=config.max_photos, views=config.views, seed=config.seed)
+    _stage(
+        out / "stages" / "language.safetensors",
+        teacher.language_model,
+        lambda: _teach_language(config, teacher, domain, bank),
+    )
+    # 6. Examination, card, weights
+    teacher = save_teacher(teacher, out)
+    results = _examine_unseen(config, teacher, tower, domain)
+    write_card(out, config, domain, teacher, results, minutes=(time.time() - started) / 60)
+    return out
+
+
+def class_attributes(catalog: datasets.Dataset) -> dict[str, dict[str, str]]:
+    """Attributes of each class: those of its first item; names that no item has are left out.
+
+    Raises:
+        FieldmarkError: rows without label or attributes.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for label, attributes in zip(catalog["label"], catalog["attributes"], strict=True):
+        if label is None or not attributes:
+            raise FieldmarkError("build-teacher needs a label and attributes for every photo; add the columns or another source.")
+        found.setdefault(label, {name: value for name, value in attributes.items() if value is not None})
+    if len(found) < 4:
+        raise FieldmarkError(f"The teacher part has {len(found)} classes; a teacher needs at least 4 to compare.")
+    return found
+
+
+def photo_bank(
+    tower: VisionTower,
+    catalog: datasets.Dataset,
+    attributes: dict[str, dict[str, str]],
+    *,
+    max_photos: int,
+    views: int = 1,
+    seed: int = 0,
+) -> PhotoBank:
+    """Tokens of (at most `max_photos`, spread over classes) photos, the odd views mirrored, in half precision."""
+    names = list(attributes)
+    index = {name: i for i, name in enumerate(names)}
+    labels = np.array([index[label] for label in catalog["label"]])
+    chosen = _spread(labels, max_photos, np.random.default_rng(seed))
+    refs = list(catalog.select(chosen)["image"])
+    banks = [_tokens(tower, refs, mirrored=view % 2 == 1) for view in range(views)]
+    return PhotoBank(torch.cat(banks), np.tile(labels[chosen], views), [attributes[name] for name in names])
+
+
+def put_tower(teacher: Teacher, tower: VisionTower) -> None:
+    """Copies tower and projector into the teacher."""
+    body: Any = teacher.model.model
+    with torch.no_grad():
+        if hasattr(body, "visual"):
+            body.visual.load_state_dict({k: v for k, v in _tower_state(tower).items()})
+        else:
+            body.vision_tower.load_state_dict(tower.encoder.model.state_dict())
+            assert tower.projector is not None
+            body.multi_modal_projector.load_state_dict(tower.projector.state_dict())
+
+
+def save_teacher(teacher: Teacher, out: Path) -> Teacher:
+    """Writes the weights in bf16 and returns the teacher as anyone will load it, rounding included."""
+    teacher.model.to(torch.bfloat16)
+    _save(teacher, out)
+    return Teacher.load(out)
+
+
+def _save(teacher: Teacher, folder: Path) -> None:
+    teacher.model.save_pretrained(folder)
+    teacher.processor.save_pretrained(folder)
+
+
+def _tower_state(tower: VisionTower) -> dict[str, torch.Tensor]:
+    """The tower's tensors under the names and shapes of a checkpoint."""
+    return dict(tower.encoder.model.state_dict())
+
+
+def _teach_tower(config: BuildConfig, tower: VisionTower, refs: list[str], truth: torch.Tensor, table: AttributeTable) -> None:
+    with _progress("tower", config.tower_steps) as progress:
+        options = {
+            "steps": config.tower_steps,
+            "batch_size": config.tower_batch,
+            "learning_rate": config.tower_learning_rate,
+            "seed": config.seed,
+            "progress": progress,
+        }
+        if config.tower is None:
+            train_tower(tower, refs, truth, table, workers=config.workers, **options)  # type: ignore[arg-type]
+        else:
+            fit_projector(tower, refs, truth, table, **options)  # type: ignore[arg-type]
+
+
+def _teach_language(config: BuildConfig, teacher: Teacher, domain: Domain, bank: PhotoBank) -> None:
+    with _progress("language", config.language_steps) as progress:
+        train_language(
+            teacher,
+            domain,
+            bank,
+            steps=config.language_steps,
+            batch_size=config.language_batch,
+            learning_rate=config.language_learning_rate,
+            seed=config.seed,
+            progress=progress,
+        )
+
+
+def _examine_unseen(config: BuildConfig, teacher: Teacher, tower: VisionTower, domain: Domain) -> dict[str, Examination]:
+    """On the student's classes: the test part with look-alikes, and training pairs as SAGA draws them."""
+    student = load_catalog(config.data, part="student")
+    results = {}
+    for split, lookalikes in (("test", 1.0), ("train", 0.0)):
+        rows = select_split(student, split)
+        bank = photo_bank(tower, rows, class_attributes(rows), max_photos=1200, seed=config.seed)
+        results[split] = examine(
+            teacher, domain, bank, pairs=config.exam_pairs, lookalikes=lookalikes, seed=config.seed
+        )
+    return results
+
+
+def _texts(domain: Domain, attributes: list[dict[str, str]], seed: int) -> Iterator[str]:
+    """Answers and prompts the tokenizer is trained on."""
+    rng = np.random.default_rng(seed)
+    for _ in range(3000):
+        a, b = rng.integers(len(attributes), size=2)
+        yield answer_json(domain, attributes[a], attributes[b], bool(a == b))
+    for _ in range(20):
+        yield compare_prompt(domain)
+
+
+def _spread(labels: np.ndarray, most: int, rng: np.random.Generator) -> list[int]:
+    """At most `most` indices, as evenly over the classes as they allow, in ascending order."""
+    order = rng.permutation(len(labels))
+    turn = np.zeros(len(labels), dtype=np.int64)
+    seen: dict[int, int] = {}
+    for i in order:
+        turn[i] = seen[labels[i]] = seen.get(labels[i], -1) + 1
+    return sorted(order[np.argsort(turn[order], kind="stable")][:most].tolist())
+
+
+@torch.no_grad()
+def _tokens(tower: VisionTower, refs: list[Any], *, mirrored: bool, batch: int = 64) -> torch.Tensor:
+    """[photos, 1 + DeepStack, N, D] in half precision."""
+    tower.eval()
+    parts = []
+    with _progress("photos", len(refs)) as progress:
+        for start in range(0, len(refs), batch):
+            pixels = tower.preprocess(refs[start : start + batch])["pixel_values"]
+            features = tower({"pixel_values": pixels.flip(-1) if mirrored else pixels})
+            parts.append(torch.stack([features["token_embeddings"], *features["deepstack"]], dim=1).half())
+            progress(min(start + batch, len(refs)), 0.0)
+    return torch.cat(parts)
+
+
+def _stage(path: Path, module: torch.nn.Module, work: Callable[[], None]) -> None:
+    """Runs a stage, or loads what it left when it had been finished before."""
+    if path.exists():
+        module.load_state_dict(load_file(path))
+        return
+    work()
+    partial = path.with_suffix(".part")
+    save_file({name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}, partial)
+    partial.rename(path)
+
+
+@contextmanager
+def _progress(description: str, total: int) -> Iterator[Callable[[int, float], None]]:
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=total)
+
+        def report(done: int, loss: float) -> None:
+            bar.update(task, completed=done, description=f"{description}  loss {loss:.3f}" if loss else description)
+
+        yield report
+
+
+def _open_folder(config: BuildConfig) -> Path:
+    out = Path(config.out)
+    if out.is_dir() and any(out.iterdir()) and not config.resume:
+        raise FieldmarkError(f"--out {out} is not empty; give a new folder, or --resume true to go on with that build.")
+    (out / "stages").mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_card(
+    out: Path, config: BuildConfig, domain: Domain, teacher: Teacher, results: dict[str, Examination], minutes: float
+) -> None:
+    """`README.md` and `card.json`: how the teacher was made and how it did on classes it never saw."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
+    parameters = sum(p.numel() for p in teacher.model.parameters())
+    card = {
+        "settings": settings,
+        "domain": domain.name,
+        "model_type": teacher.model_type,
+        "parameters": parameters,
+        "minutes": round(minutes, 1),
+        "unseen_test_classes": results["test"].as_dict(),
+        "student_training_pairs": results["train"].as_dict(),
+    }
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    rows = "\n".join(
+        f"| {name.replace('_', ' ')} | {value} | {results['train'].as_dict()[name]} |"
+        for name, value in results["test"].as_dict().items()
+    )
+    (out / "README.md").write_text(
+        f"""# A small teacher, built by `fieldmark build-teacher`
+
+{parameters / 1e6:.1f} M parameters, {teacher.model_type}, made from the teacher part of `{Path(config.data.split(":")[0]).name}` \
+(classes that no student trains on or is tested on); tower: {config.tower_steps} steps, language: {config.language_steps} steps.
+It answers one question, in the wording of the domain `{domain.name}`, and knows nothing else.
+
+Examined on classes it has never seen, {config.exam_pairs} balanced pairs, 8 rollouts each at temperature 0.7, top-p 0.95.
+*Look-alikes*: test classes, the different half are the nearest classes by attributes. *Training pairs*: the student's \
+training classes, different ones drawn at random, as SAGA draws them.
+
+| | look-alikes | training pairs |
+| --- | --- | --- |
+{rows}
+""",
+        encoding="utf-8",
+    )

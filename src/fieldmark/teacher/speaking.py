@@ -1,0 +1,149 @@
+"""Stage 2 of `build-teacher`: a small language model learns to say what the tower's tokens show.
+
+Supervised fine-tuning on ideal answers (`compare.answer_json`) about pairs of photos whose attributes the catalogue knows:
+half of them of one class, the others look-alikes (the nearest classes by attributes) or random. The tower is done; its
+tokens were computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fieldmark.teacher.compare import Domain, answer_json, compare_prompt
+from fieldmark.teacher.model import Prompt, Teacher, VisualTokens
+from fieldmark.teacher.reading import warm_cosine
+
+LOOKALIKE_SHARE = 0.6  # of the pairs of different classes
+
+
+@dataclass(frozen=True)
+class PhotoBank:
+    """Photos as the language model sees them.
+
+    Attributes:
+        tokens: [photos, 1 + DeepStack features, N, D], the merged tokens first.
+        classes: [photos] class of each photo.
+        attributes: attributes of each class.
+    """
+
+    tokens: Tensor
+    classes: np.ndarray
+    attributes: list[dict[str, str]]
+
+    def visual(self, photos: Sequence[int]) -> VisualTokens:
+        """Visual tokens of some photos, float32."""
+        chosen = self.tokens[torch.as_tensor(photos)].float()
+        return VisualTokens(chosen[:, 0], tuple(chosen[:, k] for k in range(1, chosen.shape[1])))
+
+
+class PairDrawer:
+    """Draws training pairs: half of one class, half of different ones, of which most are look-alikes."""
+
+    def __init__(self, bank: PhotoBank, rng: np.random.Generator, lookalikes: float = LOOKALIKE_SHARE) -> None:
+        self.rng, self.share = rng, lookalikes
+        self.photos = [np.flatnonzero(bank.classes == c) for c in range(len(bank.attributes))]
+        self.classes = np.array([c for c, photos in enumerate(self.photos) if len(photos) >= 2])
+        self.near = nearest_classes(bank.attributes)
+
+    def draw(self) -> tuple[int, int, bool]:
+        """Two photos and whether they are of one class."""
+        rng = self.rng
+        one = int(rng.choice(self.classes))
+        if rng.random() < 0.5:
+            a, b = rng.choice(self.photos[one], 2, replace=False)
+            return int(a), int(b), True
+        others = self.near[one] if rng.random() < self.share else np.delete(self.classes, self.classes == one)
+        other = int(rng.choice(others))
+        return int(rng.choice(self.photos[one])), int(rng.choice(self.photos[other])), False
+
+
+def nearest_classes(attributes: Sequence[dict[str, str]]) -> list[np.ndarray]:
+    """For each class the classes that differ from it in the fewest attributes."""
+    names = sorted({name for row in attributes for name in row})
+    table = np.array([[row.get(name) or "" for name in names] for row in attributes])
+    distance = (table[:, None, :] != table[None, :, :]).sum(-1)
+    np.fill_diagonal(distance, len(names) + 1)
+    return [np.flatnonzero(row == row.min()) for row in distance]
+
+
+def ideal_answer(domain: Domain, bank: PhotoBank, pair: tuple[int, int, bool]) -> str:
+    """What the teacher should say about a pair."""
+    first, second = (bank.attributes[bank.classes[photo]] for photo in pair[:2])
+    return answer_json(domain, first, second, pair[2])
+
+
+def answer_loss(teacher: Teacher, prompt: Prompt, visual: VisualTokens, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy of the answers' tokens.
+
+    Args:
+        teacher: its language model and head are trained here.
+        prompt: the prompt of one pair.
+        visual: [pairs * images, N, D], pair-major.
+        ids: [pairs, T] answers, right-padded.
+        mask: [pairs, T] true at answer tokens.
+    """
+    model, slots = teacher.language_model, prompt.image_slots
+    pairs, length = len(ids), len(prompt.input_ids)
+    embed = model.get_input_embeddings()
+    text = embed(prompt.input_ids).expand(pairs, -1, -1)
+    text = text.index_copy(1, slots.flatten(), visual.tokens.reshape(pairs, -1, visual.tokens.shape[-1]))
+    embeds = torch.cat([text, embed(ids[:, :-1])], dim=1)
+    behind = prompt.next_position + torch.arange(ids.shape[1] - 1)
+    positions = torch.cat([prompt.position_ids, behind.expand(len(prompt.position_ids), -1)], dim=1)
+    extra = {}
+    if visual.deepstack:
+        where = torch.zeros(pairs, embeds.shape[1], dtype=torch.bool)
+        where[:, slots.flatten()] = True
+        extra = {"visual_pos_masks": where, "deepstack_visual_embeds": [d.flatten(0, 1) for d in visual.deepstack]}
+    shaped = positions[:, None].expand(-1, pairs, -1) if teacher.uses_mrope else positions[0].expand(pairs, -1)
+    hidden = model(inputs_embeds=embeds, position_ids=shaped, use_cache=False, **extra).last_hidden_state
+    logits = teacher.lm_head(hidden[:, length - 1 :][mask])
+    return F.cross_entropy(logits.float(), ids[mask])
+
+
+def train_language(
+    teacher: Teacher,
+    domain: Domain,
+    bank: PhotoBank,
+    *,
+    steps: int,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> None:
+    """Fine-tunes the teacher's language model (and tied head) in place on ideal answers about pairs of the bank."""
+    drawer = PairDrawer(bank, np.random.default_rng(seed))
+    tokenizer = teacher.tokenizer
+    prompt = teacher.prompt(compare_prompt(domain), 2, bank.tokens.shape[2])
+    parameters = [*{id(p): p for m in (teacher.language_model, teacher.lm_head) for p in m.parameters()}.values()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    teacher.language_model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
+    for step in range(steps):
+        pairs = [drawer.draw() for _ in range(batch_size)]
+        answers = [tokenizer(ideal_answer(domain, bank, p)).input_ids + [tokenizer.eos_token_id] for p in pairs]
+        width = max(map(len, answers))
+        ids = torch.tensor([a + [tokenizer.pad_token_id] * (width - len(a)) for a in answers])
+        mask = torch.arange(width) < torch.tensor([len(a) for a in answers])[:, None]
+        visual = bank.visual([photo for pair in pairs for photo in pair[:2]])
+        loss = answer_loss(teacher, prompt, visual, ids, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, float(loss.detach()))
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    teacher.language_model.eval()
+
