@@ -28,8 +28,8 @@ from fieldmark.students.tower import VisionTower
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 TEXT = {
-    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "vocab_size": 64, "rope_parameters": ROPE, "head_dim": 16,
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 64, "rope_parameters": ROPE, "head_dim": 16,
 }  # fmt: skip
 QWEN = {
     "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},

@@ -66,7 +66,9 @@ class PotentialField(nn.Module):
     ) -> None:
         super().__init__()
         self.alpha, self.delta = alpha, delta
-        self.proxies = nn.Parameter(torch.randn(num_classes, proxies_per_class, embedding_dim) / math.sqrt(embedding_dim))
+        self.proxies = nn.Parameter(
+            torch.randn(num_classes, proxies_per_class, embedding_dim) / math.sqrt(embedding_dim)
+        )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return potential_field(embeddings, labels, self.proxies, self.alpha, self.delta)

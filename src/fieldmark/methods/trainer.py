@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fieldmark.data.batches import class_balanced_batch
-from fieldmark.progress import progress_bar
+from fieldmark.progress import JobProgress
 
 LOSS_STATE = "loss.safetensors"
 COMPLETE = "complete"
@@ -76,7 +76,9 @@ class ClassBalancedSteps:
 class FieldmarkTrainer(SentenceTransformerTrainer):
     """See the module docstring. `train_dataset` has the columns `photo` (a photo reference) and `label` (class index)."""
 
-    def __init__(self, *args: Any, batches: ClassBalancedSteps, log_path: Path, description: str, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, batches: ClassBalancedSteps, log_path: Path, description: str, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.batches = batches
         self.health: dict[str, list[float]] = {}
@@ -85,7 +87,7 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
         self.remove_callback(ProgressCallback)
         if self.is_world_process_zero():
             self.add_callback(_JsonLines(log_path))
-            self.add_callback(_ProgressBar(description))
+            self.add_callback(_Progress(description))
 
     def get_batch_sampler(self, dataset: Any, **kwargs: Any) -> Any:
         return self.batches
@@ -138,7 +140,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def loss_state(loss: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the loss itself (proxies), without the model it holds."""
-    return {name: value.detach().contiguous() for name, value in loss.state_dict().items() if not name.startswith("model.")}
+    return {
+        name: value.detach().contiguous() for name, value in loss.state_dict().items() if not name.startswith("model.")
+    }
 
 
 def restore_loss_state(loss: nn.Module, path: Path) -> None:
@@ -183,25 +187,23 @@ class _JsonLines(TrainerCallback):
             file.write(json.dumps(record) + "\n")
 
 
-class _ProgressBar(TrainerCallback):
+class _Progress(TrainerCallback):
     def __init__(self, description: str) -> None:
-        self.bar = progress_bar()
-        self.description = description
-        self.task: Any = None
+        self.description, self.note = description, ""
+        self.job: JobProgress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.start()
-        self.task = self.bar.add_task(self.description, total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
+        self.job = JobProgress(self.description, state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs and self.task is not None:
-            self.bar.update(self.task, description=f"{self.description}  loss {logs['loss']:.3f}")
+        if logs and "loss" in logs:
+            self.note = f"loss {logs['loss']:.3f}"
+        if self.job is not None:
+            self.job.update(state.global_step, self.note)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
+        if self.job is not None:
+            self.job.close()
 
 
 def training_arguments(

@@ -9,10 +9,10 @@ from sentence_transformers import SentenceTransformer
 from fieldmark.errors import FieldmarkError
 from fieldmark.students.checkpoints import Checkpoint
 from fieldmark.students.pooling import AttentionPooling, MeanPooling, TokenPooling
-from fieldmark.students.tower import VisionTower, is_student, module_types
+from fieldmark.students.tower import CLASS_NAME, VisionTower, is_student, module_types
 
 POOLERS: dict[str, type[TokenPooling]] = {"attention": AttentionPooling, "mean": MeanPooling}
-TRUSTED = ("fieldmark.students.", "sentence_transformers.")
+TRUSTED = {CLASS_NAME, *(f"{kind.__module__}.{kind.__qualname__}" for kind in POOLERS.values())}
 
 
 def build_student(
@@ -71,7 +71,7 @@ def load_student(path: str | Path, device: str | None = None) -> SentenceTransfo
         raise FieldmarkError(
             f"{path} is not a trained student (its modules.json does not start with a fieldmark tower)"
         )
-    foreign = [kind for kind in module_types(checkpoint) if not kind.startswith(TRUSTED)]
+    foreign = [kind for kind in module_types(checkpoint) if kind not in TRUSTED]
     if foreign:
         raise FieldmarkError(
             f"{path} wants to run {foreign[0]}, which is not part of fieldmark; load it yourself if you trust it"

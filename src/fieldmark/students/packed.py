@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-PACKED = "fieldmark_packed"
+PACKED = "fieldmark_packed_images"
 
 
 def packed_attention(

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.students.checkpoints import Checkpoint, ImageStatistics
+from fieldmark.students.composed import PROJECTOR_PREFIX, TOWER_PREFIX, ComposedConfig
 from fieldmark.students.encoders import Encoder, is_qwen, model_class, model_options, new_encoder, require_timm, wrap
 
 QWEN_PREFIXES = ("model.visual.", "visual.")
@@ -96,8 +97,23 @@ class VisionTower(InputModule):
             )
         config = _vision_config(checkpoint)
         statistics = _statistics(checkpoint, image_mean, image_std)
+        if is_composed(checkpoint):
+            return cls._from_composed(checkpoint, config, statistics, 224 if resolution is None else resolution)
         encoder = _read_encoder(checkpoint, config, 224 if resolution is None else resolution)
         return cls(encoder, statistics.mean, statistics.std, projector_dim)
+
+    @classmethod
+    def _from_composed(
+        cls, checkpoint: Checkpoint, config: PretrainedConfig, statistics: ImageStatistics, resolution: int
+    ) -> Self:
+        """Vision network and projector of a composed teacher."""
+        encoder = new_encoder(config, resolution)
+        _load_exactly(encoder.model, checkpoint.tensors((TOWER_PREFIX,)), checkpoint.source)
+        projector = checkpoint.tensors((PROJECTOR_PREFIX,))
+        tower = cls(encoder, statistics.mean, statistics.std, len(projector["bias"]))
+        assert tower.projector is not None
+        _load_exactly(tower.projector, projector, checkpoint.source)
+        return tower
 
     @classmethod
     def _from_settings(
@@ -227,6 +243,11 @@ def is_student(checkpoint: Checkpoint) -> bool:
     return module_types(checkpoint)[:1] == [CLASS_NAME]
 
 
+def is_composed(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a composed teacher (vision network, projector, small language model)."""
+    return (checkpoint.json("config.json") or {}).get("model_type") == ComposedConfig.model_type
+
+
 def _square(photo: Any, resolution: int) -> np.ndarray:
     """One photo as uint8 [R, R, 3]."""
     from fieldmark.data.photos import load_square
@@ -253,7 +274,7 @@ def _vision_config(checkpoint: Checkpoint) -> PretrainedConfig:
         ) from error
     vision = getattr(config, "vision_config", None)
     if isinstance(vision, PretrainedConfig):
-        if is_qwen(vision) or (config.model_type in DUAL_ENCODERS and type(vision) in MODEL_MAPPING):
+        if is_qwen(vision) or is_composed(checkpoint) or (config.model_type in DUAL_ENCODERS and type(vision) in MODEL_MAPPING):
             return vision
         raise FieldmarkError(
             f"{checkpoint.source} is a {config.model_type} checkpoint, whose tower is not supported; give a Qwen2-VL, "

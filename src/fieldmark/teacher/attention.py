@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fieldmark.errors import FieldmarkError
 
-PACKED = "fieldmark_packed"
+PACKED = "fieldmark_packed_completions"
 SHARED_PREFIX = "fieldmark_shared_prefix"
 _CACHE_BLOCK = 64
 

@@ -4,7 +4,7 @@
 2. A tokenizer for the answers it will give.
 3. A body: Qwen3-VL's architecture, made from nothing; or, with `--tower`, a pre-trained vision network, a projector and a
    small language model (`composed`).
-4. The tower learns to read attributes (`reading`); a pre-trained one stays as it is and only the projector is fitted.
+4. The tower learns to read attributes; a pre-trained one stays as it is and its projector is fitted (`reading`).
 5. The language model learns to say them and to give a verdict (`speaking`).
 6. An examination on classes it has never seen (`examine`), a card, safetensors in bf16.
 
@@ -28,13 +28,13 @@ from safetensors.torch import load_file, save_file
 
 from fieldmark.data.catalog import load_catalog, select_split
 from fieldmark.errors import FieldmarkError
-from fieldmark.progress import progress_bar
+from fieldmark.progress import JobProgress
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher.compare import Domain, answer_json, compare_prompt, domain_for_attributes
 from fieldmark.teacher.examine import Examination, examine
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.reading import AttributeTable, fit_projector, train_tower
-from fieldmark.teacher.speaking import PairDrawer, PhotoBank, train_language
+from fieldmark.teacher.speaking import PhotoBank, train_language
 from fieldmark.teacher.tiny import make_model, make_processor, make_tokenizer
 
 
@@ -46,7 +46,7 @@ class BuildConfig:
         data: catalogue with attributes (`aviary`, `aviary:PHOTOS_PER_SPECIES`, `grocery:DIR`, a table with a train split).
         out: folder of the teacher.
         tower: folder or hub id of a pre-trained timm network; null makes a Qwen3-VL tower from nothing.
-        tower_steps: optimizer steps of the tower (or of the projector).
+        tower_steps: optimizer steps of a tower from nothing.
         tower_batch: photos a step.
         tower_learning_rate: its peak.
         language_steps: optimizer steps of the language model.
@@ -64,10 +64,10 @@ class BuildConfig:
     data: str
     out: str
     tower: str | None = None
-    tower_steps: int = 800
+    tower_steps: int = 250
     tower_batch: int = 48
     tower_learning_rate: float = 1.5e-3
-    language_steps: int = 1500
+    language_steps: int = 1000
     language_batch: int = 16
     language_learning_rate: float = 1e-3
     views: int = 1
@@ -133,7 +133,9 @@ def class_attributes(catalog: datasets.Dataset) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for label, attributes in zip(catalog["label"], catalog["attributes"], strict=True):
         if label is None or not attributes:
-            raise FieldmarkError("build-teacher needs a label and attributes for every photo; add the columns or another source.")
+            raise FieldmarkError(
+                "build-teacher needs a label and attributes for every photo; add the columns or another source."
+            )
         found.setdefault(label, {name: value for name, value in attributes.items() if value is not None})
     if len(found) < 4:
         raise FieldmarkError(f"The teacher part has {len(found)} classes; a teacher needs at least 4 to compare.")
@@ -188,19 +190,26 @@ def _tower_state(tower: VisionTower) -> dict[str, torch.Tensor]:
     return dict(tower.encoder.model.state_dict())
 
 
-def _teach_tower(config: BuildConfig, tower: VisionTower, refs: list[str], truth: torch.Tensor, table: AttributeTable) -> None:
+def _teach_tower(
+    config: BuildConfig, tower: VisionTower, refs: list[str], truth: torch.Tensor, table: AttributeTable
+) -> None:
+    if config.tower is not None:
+        with _progress("projector", len(refs)) as progress:
+            fit_projector(tower, refs, progress=progress)
+        return
     with _progress("tower", config.tower_steps) as progress:
-        options = {
-            "steps": config.tower_steps,
-            "batch_size": config.tower_batch,
-            "learning_rate": config.tower_learning_rate,
-            "seed": config.seed,
-            "progress": progress,
-        }
-        if config.tower is None:
-            train_tower(tower, refs, truth, table, workers=config.workers, **options)  # type: ignore[arg-type]
-        else:
-            fit_projector(tower, refs, truth, table, **options)  # type: ignore[arg-type]
+        train_tower(
+            tower,
+            refs,
+            truth,
+            table,
+            steps=config.tower_steps,
+            batch_size=config.tower_batch,
+            learning_rate=config.tower_learning_rate,
+            workers=config.workers,
+            seed=config.seed,
+            progress=progress,
+        )
 
 
 def _teach_language(config: BuildConfig, teacher: Teacher, domain: Domain, bank: PhotoBank) -> None:
@@ -217,7 +226,9 @@ def _teach_language(config: BuildConfig, teacher: Teacher, domain: Domain, bank:
         )
 
 
-def _examine_unseen(config: BuildConfig, teacher: Teacher, tower: VisionTower, domain: Domain) -> dict[str, Examination]:
+def _examine_unseen(
+    config: BuildConfig, teacher: Teacher, tower: VisionTower, domain: Domain
+) -> dict[str, Examination]:
     """On the student's classes: the test part with look-alikes, and training pairs as SAGA draws them."""
     student = load_catalog(config.data, part="student")
     results = {}
@@ -277,13 +288,8 @@ def _stage(path: Path, module: torch.nn.Module, work: Callable[[], None]) -> Non
 
 @contextmanager
 def _progress(description: str, total: int) -> Iterator[Callable[[int, float], None]]:
-    with progress_bar() as bar:
-        task = bar.add_task(description, total=total)
-
-        def report(done: int, loss: float) -> None:
-            bar.update(task, completed=done, description=f"{description}  loss {loss:.3f}" if loss else description)
-
-        yield report
+    with JobProgress(description, total) as job:
+        yield lambda done, loss: job.update(done, f"loss {loss:.3f}" if loss else "")
 
 
 def _open_folder(config: BuildConfig) -> Path:

@@ -13,6 +13,7 @@ only, on their way to the visual tokens (and to the DeepStack features that ente
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,7 @@ def rollout(
     temperature: float,
     top_p: float,
     max_new_tokens: int,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> Rollouts:
     """Sample `group_size` completions for each pair; each pair's prompt runs once, its keys and values are kept once.
 
@@ -158,6 +159,7 @@ def rollout(
     logits, shared = _prefill(teacher, prompt, visual)
     logits = logits.repeat_interleave(group_size, 0)
     total = pairs * group_size
+    streams = _streams(generator, pairs, group_size)
     device = logits.device
     eos = torch.tensor(teacher.eos_token_ids, device=device)
     fill = teacher.tokenizer.pad_token_id
@@ -171,7 +173,7 @@ def rollout(
     )  # completions still computed; whole pairs leave when all their G have ended
     ended = torch.zeros(total, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        uniform = torch.rand(total, generator=generator, device=generator.device).to(device)[rows]
+        uniform = torch.cat([torch.rand(n, generator=g, device=g.device) for g, n in streams]).to(device)[rows]
         tokens, chosen = sample_tokens(logits, uniform, temperature, top_p)
         going = ~ended
         ids[rows[going], step], logprobs[rows[going], step], mask[rows[going], step] = (
@@ -199,6 +201,17 @@ def rollout(
         texts=_texts(teacher, ids, mask, group_size),
         logprobs=logprobs[:, :length].reshape(shape),
     )
+
+
+def _streams(
+    generator: torch.Generator | Sequence[torch.Generator], pairs: int, group_size: int
+) -> list[tuple[torch.Generator, int]]:
+    """Generators and how many completions each draws for."""
+    if isinstance(generator, torch.Generator):
+        return [(generator, pairs * group_size)]
+    if len(generator) != pairs:
+        raise FieldmarkError(f"rollout got {len(generator)} generators for {pairs} pairs; expected one, or one a pair")
+    return [(one, group_size) for one in generator]
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,9 @@ class PhotoSource(Dataset):
     Half of the photos are mirrored at random (a pure function of seed, epoch and index).
     """
 
-    def __init__(self, tower: VisionTower, refs: Sequence[str], truth: Tensor, table: AttributeTable, seed: int) -> None:
+    def __init__(
+        self, tower: VisionTower, refs: Sequence[str], truth: Tensor, table: AttributeTable, seed: int
+    ) -> None:
         self.tower, self.refs, self.truth, self.table, self.seed = tower, refs, truth, table, seed
         self.epoch = 0
         self.drawn = all(isinstance(ref, str) and ref.startswith("aviary://") for ref in refs)
@@ -192,6 +194,39 @@ def train_tower(
         source.epoch += 1
     tower.eval()
     return sum(recent) / len(recent)
+
+
+@torch.no_grad()
+def fit_projector(
+    tower: VisionTower,
+    refs: Sequence[Any],
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, float], None] | None = None,
+) -> float:
+    """Sets the projector of a pre-trained tower to the principal components of its tokens; returns the variance kept.
+
+    Principal components keep what tells photos apart in general, not only what told the few classes of this catalogue
+    apart, which is what a verdict about unseen classes needs. Tokens come out centred, with a mean variance of one.
+    """
+    projector = tower.projector
+    assert projector is not None
+    width = tower.encoder.token_dim
+    count, total, second = 0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    for start in range(0, len(refs), batch_size):
+        pixels = tower.preprocess(refs[start : start + batch_size])["pixel_values"]
+        tokens = tower.encoder(pixels)[0].flatten(0, 1)
+        count, total = count + len(tokens), total + tokens.sum(0)
+        second += (tokens.T @ tokens).double()
+        if progress is not None:
+            progress(min(start + batch_size, len(refs)), 0.0)
+    mean = total / count
+    values, vectors = torch.linalg.eigh(second / count - torch.outer(mean, mean))
+    kept, axes = values[-projector.out_features :], vectors[:, -projector.out_features :]
+    weight = (axes / kept.mean().sqrt()).T
+    projector.weight.copy_(weight)
+    projector.bias.copy_(-weight @ mean)
+    return float(kept.sum() / values.sum())
 
 
 def _deepstack_count(tower: VisionTower) -> int:

@@ -146,4 +146,3 @@ def train_language(
     for parameter in parameters:
         parameter.requires_grad_(False)
     teacher.language_model.eval()
-

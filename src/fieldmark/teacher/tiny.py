@@ -93,12 +93,12 @@ def make_model(
     vision: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
 ) -> Qwen3VLForConditionalGeneration:
-    """A randomly initialised Qwen3-VL of about nine million parameters (`vision` and `text` override single settings)."""
+    """A randomly initialised Qwen3-VL of about six million parameters (`vision` and `text` override single settings)."""
     text_config = {
         "vocab_size": len(tokenizer),
         "hidden_size": 256,
         "intermediate_size": 640,
-        "num_hidden_layers": 5,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
@@ -113,7 +113,7 @@ def make_model(
         **(text or {}),
     }
     vision_config = {
-        "depth": 6,
+        "depth": 4,
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_heads": 4,
@@ -121,7 +121,7 @@ def make_model(
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "num_position_embeddings": 196,
-        "deepstack_visual_indexes": [2, 4],
+        "deepstack_visual_indexes": [1, 2],
         "out_hidden_size": text_config["hidden_size"],
         **(vision or {}),
     }

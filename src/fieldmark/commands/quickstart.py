@@ -1,0 +1,21 @@
+"""`fieldmark quickstart`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from fieldmark.commands.arguments import parse
+from fieldmark.commands.console import quiet_libraries
+
+
+def run(argv: list[str]) -> None:
+    """A control and SAGA on the embedded catalogue with the embedded teacher."""
+    module = import_module("fieldmark.methods.quickstart")
+    config = parse(
+        module.QuickstartConfig,
+        argv,
+        prog="fieldmark quickstart",
+        description="Trains a control and SAGA on drawn birds with the embedded teacher, and writes a report.",
+    )
+    quiet_libraries()
+    module.quickstart(config)

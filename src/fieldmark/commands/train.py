@@ -1,0 +1,59 @@
+"""`fieldmark train METHOD`."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import import_module
+from pathlib import Path
+
+from fieldmark.cli import METHODS, choose
+from fieldmark.commands.arguments import parse
+from fieldmark.commands.console import SHOWN, console, number, print_table, quiet_libraries
+
+PROG = "fieldmark train"
+
+
+def run(argv: list[str]) -> None:
+    """Trains, then prints the metrics before and after and the run folder."""
+    if argv[:1] and argv[0] in ("-h", "--help"):
+        print(f"usage: {PROG} METHOD --data SRC --out RUN [--config F.yaml] [--resume true] ...\n\nmethods:")
+        for name, (_, text) in METHODS.items():
+            print(f"  {name:12}{text}")
+        print(f"\n`{PROG} METHOD --help` says what a method takes.")
+        return
+    method = choose(next(iter(argv), None), list(METHODS), "method", f"{PROG} --help")
+    module = import_module(f"fieldmark.methods.{method}")
+    summary = (module.__doc__ or "").partition("\n")[0]
+    options = getattr(module, METHODS[method][0])
+    config = parse(options, argv[1:], prog=f"{PROG} {method}", description=summary, config_file=True)
+    quiet_libraries()
+    try:
+        out = module.train(config)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(how_to_resume(Path(config.out))) from error
+    if os.environ.get("RANK", "0") == "0":
+        show_run(out)
+
+
+def how_to_resume(out: Path) -> str:
+    """What to do after Ctrl-C, in one sentence."""
+    again = "the same command with --resume true"
+    if any(out.glob("checkpoints/checkpoint-*/complete")):
+        return f"Interrupted; {again} goes on from the last checkpoint in {out / 'checkpoints'}."
+    if not (out / "config.yaml").exists():
+        return "Interrupted before the run began; run the same command again."
+    return f"Interrupted before a checkpoint was saved (--save_steps N saves one every N steps); {again} begins {out} anew."
+
+
+def show_run(out: Path) -> None:
+    """Prints a finished run: metrics before and after, and where it lies."""
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    before, after = metrics["before"], metrics["after"]
+    rows = [
+        (name, number(before[name]), number(after[name]), f"{after[name] - before[name]:+.3f}")
+        for name in SHOWN
+        if name in before and name in after
+    ]
+    print_table(f"{metrics['method']}, seed {metrics['seed']}", ("", "before", "after", "change"), rows)
+    console().print(f"{metrics['seconds']:.0f} s; the run: {out}", markup=False, highlight=False, soft_wrap=True)
