@@ -1,16 +1,16 @@
 """Shared-prefix rollouts and replay against the unshared ways, on random Qwen3-VL models: time and peak memory.
 
-One pair of photos, a prompt of 600 tokens, 8 completions of 300 tokens (SAGA, arXiv 2606.15134: G = 8). Forward and backward,
-gradient into the visual tokens and DeepStack features, frozen language model. Every row runs in its own process, so that its
-peak memory is its own.
+One pair of photos, a prompt of 600 tokens, 8 completions of 300 tokens (SAGA, arXiv 2606.15134: G = 8). Forward and
+backward, gradient into the visual tokens and DeepStack features, frozen language model. Every row runs in its own
+process, so that its peak memory is its own; on a busy machine `--threads 1` and the CPU seconds are the ones to trust.
 
     uv run python benchmarks/replay.py --size tiny --repeats 3 --out replay.json
 
 - replay, shared: `fieldmark.teacher.prefix.replay`.
-- replay, a batch of G: the stock language model on G sequences of 900 tokens (SDPA, causal, logits at completions only).
+- replay, a batch of G: the stock language model on G sequences of 900 tokens (SDPA, logits at completions only).
 - replay, one by one: the same, a sequence at a time.
 - step, shared: `rollout`, then `replay` with attention targets of one layer.
-- step, plain loop: `generate(num_return_sequences=G)`, then for each sequence the model with `output_attentions=True`.
+- step, plain loop: `generate(num_return_sequences=G)`, then each sequence with `output_attentions=True`.
 """
 
 from __future__ import annotations
@@ -164,8 +164,16 @@ def replay_single(teacher: Teacher, checkpoint: bool) -> None:
 def step_shared(teacher: Teacher, checkpoint: bool) -> None:
     prompt, visual, _, _ = make_inputs(teacher)
     generator = torch.Generator().manual_seed(0)
-    options = {"group_size": GROUP, "temperature": TEMPERATURE, "top_p": TOP_P, "max_new_tokens": COMPLETION}
-    samples = rollout(teacher, prompt, visual, **options, generator=generator)
+    samples = rollout(
+        teacher,
+        prompt,
+        visual,
+        group_size=GROUP,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        max_new_tokens=COMPLETION,
+        generator=generator,
+    )
     rows = torch.zeros(GROUP, 2, COMPLETION, dtype=torch.bool)
     rows[:, 0, 20:120] = rows[:, 1, 140:240] = True
     result = replay(
@@ -246,23 +254,26 @@ def measure(size: str, repeats: int, threads: int, checkpoint: bool) -> list[dic
     for _ in range(repeats):
         for row in ROWS:
             command = [sys.executable, __file__, "--worker", row, "--size", size, "--threads", str(threads)]
-            done = subprocess.run([*command, *([] if checkpoint else ["--no_checkpoint"])], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, *([] if checkpoint else ["--no_checkpoint"])], capture_output=True, text=True
+            )
             if done.returncode:
                 raise SystemExit(f"{row} failed:\n{done.stderr[-2000:]}")
             runs[row].append(json.loads(done.stdout.splitlines()[-1]))
     results = []
     for row, found in runs.items():
-        fastest = min(run["seconds"] for run in found)
-        memory = max(run["extra_mb"] for run in found)
-        base = "step_shared" if row.startswith("step") else "replay_shared"
+        base = runs["step_shared" if row.startswith("step") else "replay_shared"]
+        fastest = {key: min(run[key] for run in found) for key in ("seconds", "cpu_seconds")}
+        shared = {key: min(run[key] for run in base) for key in fastest}
         results.append(
             {
                 "size": size,
                 "row": row,
                 "parameters": int(found[0]["parameters"]),
-                "seconds": round(fastest, 3),
-                "extra_mb": round(memory),
-                "times_shared": round(fastest / min(run["seconds"] for run in runs[base]), 2),
+                **{key: round(value, 3) for key, value in fastest.items()},
+                "times_shared": round(fastest["seconds"] / shared["seconds"], 2),
+                "times_shared_cpu": round(fastest["cpu_seconds"] / shared["cpu_seconds"], 2),
+                "extra_mb": round(max(run["extra_mb"] for run in found)),
             }
         )
     return results
@@ -270,10 +281,12 @@ def measure(size: str, repeats: int, threads: int, checkpoint: bool) -> list[dic
 
 def table(results: list[dict[str, Any]]) -> str:
     """A markdown table."""
-    lines = ["| model | what | seconds | x shared | peak MB above the model |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| model | what | seconds | x shared | CPU seconds | x shared | peak MB above the model |"]
+    lines.append("|" + " --- |" * 7)
     for r in results:
-        name = f"{r['size']} ({r['parameters'] / 1e6:.0f} M)"
-        lines.append(f"| {name} | {ROWS[r['row']]} | {r['seconds']:.2f} | {r['times_shared']:.2f} | {r['extra_mb']} |")
+        cells = [f"{r['size']} ({r['parameters'] / 1e6:.0f} M)", ROWS[r["row"]]]
+        cells += [f"{r[key]:.2f}" for key in ("seconds", "times_shared", "cpu_seconds", "times_shared_cpu")]
+        lines.append("| " + " | ".join([*cells, str(r["extra_mb"])]) + " |")
     return "\n".join(lines)
 
 

@@ -17,6 +17,15 @@ from fieldmark.evaluation.retrieval import evaluate_retrieval, retrieval_metrics
 KS = (1, 2, 4, 8, 100)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Products this small take longer to share than to compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def cosine(a, b):
     """Same input, same output: equal vectors tie exactly here too."""
     dot = math.fsum(float(x) * float(y) for x, y in zip(a, b))

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessor
 from fieldmark.errors import FieldmarkError
 from fieldmark.students.build import build_student, load_student
 from fieldmark.students.checkpoints import Checkpoint
+from fieldmark.students.composed import PROJECTOR_PREFIX, TOWER_PREFIX, ComposedConfig
 from fieldmark.students.encoders import QwenEncoder
 from fieldmark.students.pooling import AttentionPooling, MeanPooling
 from fieldmark.students.tower import VisionTower
@@ -237,6 +238,28 @@ def test_feature_map_becomes_tokens_and_batch_norm_stays_frozen(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in resnet.named_buffers())
     assert any(p.grad is not None for n, p in resnet.named_parameters() if "normalization" in n)
 
+    student = build_student(tmp_path / "resnet", resolution=32)
+    student.save_pretrained(str(tmp_path / "student"))
+    again = load_student(tmp_path / "student").encode(photos(2, 32))
+    np.testing.assert_allclose(again, student.encode(photos(2, 32)), atol=1e-6)
+
+
+def test_composed_teacher_gives_tower_and_projector(tmp_path):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    body, projector = transformers.ResNetModel(config).eval(), torch.nn.Linear(8, 32)
+    text = transformers.Qwen3Config(**{k: v for k, v in TEXT.items() if k != "rope_parameters"})
+    ComposedConfig(vision_config=config, text_config=text, feature_dim=8).save_pretrained(tmp_path)
+    write_processor(tmp_path)
+    tensors = {f"{TOWER_PREFIX}{n}": t for n, t in body.state_dict().items()}
+    tensors |= {f"{PROJECTOR_PREFIX}{n}": t.detach() for n, t in projector.state_dict().items()}
+    save_file(tensors | {"lm_head.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    tower = VisionTower.from_pretrained(tmp_path, 32)
+    features = tower.preprocess(photos(2, 32))
+    with torch.no_grad():
+        expected = projector(body(features["pixel_values"]).last_hidden_state.flatten(2).transpose(1, 2))
+        torch.testing.assert_close(tower(features)["token_embeddings"], expected, rtol=0, atol=1e-6)
+    assert tower.token_dim == 32
+
 
 def test_language_model_tensors_are_not_read(tmp_path):
     model = make_qwen(tmp_path, "qwen3_vl")
@@ -309,6 +332,9 @@ def test_saved_student_gives_the_same_vectors(folders, tmp_path, kind, pooling):
     before = student.encode(images)
     student.save_pretrained(str(tmp_path / "student"))
     assert not list((tmp_path / "student").rglob("*.bin"))
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "weather" not in card  # the default example is a sentence
+    assert "assets/image_0" in card
     for again in (
         SentenceTransformer(str(tmp_path / "student"), trust_remote_code=True),
         load_student(tmp_path / "student"),

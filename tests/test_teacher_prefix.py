@@ -277,7 +277,7 @@ def test_sampled_rollouts_are_reproducible_and_their_logprobs_are_those_of_the_r
 
     def sample(seed: int):
         generator = torch.Generator().manual_seed(seed)
-        options = {"group_size": 3, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 80, "generator": generator}
+        options = {"group_size": 3, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 40, "generator": generator}
         return rollout(bench.teacher, bench.prompt, bench.visual, **options)
 
     first, again, other = sample(0), sample(0), sample(1)
@@ -295,7 +295,7 @@ def test_sampled_rollouts_are_reproducible_and_their_logprobs_are_those_of_the_r
             row = first.ids[pair, g, :length]
             assert torch.equal(first.mask[pair, g], torch.arange(first.mask.shape[-1]) < length)
             assert not torch.isin(row[:-1], torch.tensor(ends)).any()
-            assert length == 80 or int(row[-1]) in ends
+            assert length == 40 or int(row[-1]) in ends
 
 
 def test_a_completion_does_not_depend_on_when_others_end(qwen3: Bench, monkeypatch):
@@ -353,7 +353,9 @@ def _reference_probabilities(logits: list[float], temperature: float, top_p: flo
         ([5.0], 0.5, 0.1),
     ],
 )
-def test_sample_tokens_draws_the_truncated_distribution(logits, temperature, top_p):
+@pytest.mark.parametrize("candidates", [1, 2, 64])
+def test_sample_tokens_draws_the_truncated_distribution(monkeypatch, logits, temperature, top_p, candidates):
+    monkeypatch.setattr("fieldmark.teacher.prefix._CANDIDATES", candidates)
     draws = 4000
     uniform = (torch.arange(draws) + 0.5) / draws
     table = torch.tensor(logits).expand(draws, -1)

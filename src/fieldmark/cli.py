@@ -87,7 +87,7 @@ def _dispatch(arguments: list[str]) -> None:
 def _top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Train retrieval embeddings that see field marks, under the supervision of a frozen multimodal LLM.",
+        description="Train retrieval embeddings that see field marks, supervised by a frozen multimodal LLM.",
         epilog=f"`{PROGRAM} COMMAND --help` says what a command takes.",
     )
     parser.add_argument("--version", action="store_true", help="print the version")

@@ -32,7 +32,7 @@ class Device:
 
 
 def inspect_machine() -> dict[str, Any]:
-    """Versions, devices, memory, threads, what can run here, and a list of problems (sentences; empty if all is well)."""
+    """Versions, devices, memory, threads, what can run here, and the problems found (a list of sentences)."""
     import torch
 
     cores, memory = usable_cores(), usable_memory_gib()
@@ -66,7 +66,9 @@ def installed(name: str) -> str | None:
 def usable_cores() -> int:
     """Processor cores this process may use: its affinity, and the container's quota."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    words = _words(CGROUP / "cpu.max") or _words(CGROUP / "cpu/cpu.cfs_quota_us") + _words(CGROUP / "cpu/cpu.cfs_period_us")
+    words = _words(CGROUP / "cpu.max") or _words(CGROUP / "cpu/cpu.cfs_quota_us") + _words(
+        CGROUP / "cpu/cpu.cfs_period_us"
+    )
     limited = len(words) == 2 and all(word.isdigit() for word in words)
     return max(1, min(affinity, round(int(words[0]) / int(words[1])))) if limited else affinity
 
@@ -151,11 +153,13 @@ def machine_problems(
     if memory_gib < QUICKSTART_GIB:
         problems.append(f"{memory_gib:.1f} GiB of memory; the quickstart may need {QUICKSTART_GIB:g} GiB.")
     if len(devices) == 1 and Path("/dev/nvidia0").exists():
-        problems.append("There is an NVIDIA card that torch cannot use; update its driver or install a CUDA build of torch.")
+        problems.append(
+            "There is an NVIDIA card that torch cannot use; update its driver or install a CUDA build of torch."
+        )
     if shared_gib is not None and shared_gib < SHARED_MEMORY_GIB:
         problems.append(
-            f"/dev/shm holds {shared_gib:.2f} GiB, too little for worker processes; keep --workers 0, or start the container "
-            "with --shm-size 1g."
+            f"/dev/shm holds {shared_gib:.2f} GiB, too little for worker processes; keep --workers 0, or "
+            "start the container with --shm-size 1g."
         )
     if sys.platform == "win32":
         problems.append("Windows is not tested; use WSL.")

@@ -19,4 +19,8 @@ def run(argv: list[str]) -> None:
         config_file=True,
     )
     quiet_libraries()
-    module.build_teacher(config)
+    try:
+        module.build_teacher(config)
+    except KeyboardInterrupt as error:
+        again = "Interrupted; the same command with --resume true goes on behind the last finished stage."
+        raise KeyboardInterrupt(again) from error

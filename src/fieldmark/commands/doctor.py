@@ -49,7 +49,7 @@ def _sentences(found: dict[str, Any]) -> list[str]:
         f"{found['cores']} cores, {found['threads']} threads of torch, {found['memory_gib']} GiB of memory.",
         f"The quickstart {'fits' if can['quickstart'] else 'may not fit'} into this memory.",
         f"Training runs on {can['device']}; --precision {can['precision']} suits it.",
-        f"A frozen teacher may have about {can['teacher_billions']} billion parameters: its {can['precision']} weights then "
-        "take half of that memory.",
+        f"A frozen teacher may have about {can['teacher_billions']} billion parameters: its "
+        f"{can['precision']} weights then take half of that memory.",
         *([] if found["problems"] else ["No problem found."]),
     ]

@@ -45,17 +45,14 @@ def run(argv: list[str]) -> None:
     from fieldmark.commands.models import load_model
     from fieldmark.data.catalog import load_catalog, select_split
     from fieldmark.evaluation.vectors import write_vectors
-    from fieldmark.methods.trainer import progress_bar
+    from fieldmark.progress import JobProgress
 
     catalog = load_catalog(options.data)
     if options.split is not None:
         catalog = select_split(catalog, options.split)
     student = load_model(options.model)
-    with progress_bar() as bar:
-        task = bar.add_task("photos", total=len(catalog))
-        dim = write_vectors(
-            student, catalog, out, batch_size=options.batch_size, advance=lambda count: bar.advance(task, count)
-        )
+    with JobProgress("photos", len(catalog)) as job:
+        dim = write_vectors(student, catalog, out, batch_size=options.batch_size, progress=job.update)
     console().print(f"{len(catalog)} vectors of {dim} numbers: {out}", markup=False, highlight=False, soft_wrap=True)
 
 

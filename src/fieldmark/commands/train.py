@@ -8,8 +8,6 @@ from importlib import import_module
 from pathlib import Path
 
 from fieldmark.cli import METHODS, choose
-from fieldmark.commands.arguments import parse
-from fieldmark.commands.console import SHOWN, console, number, print_table, quiet_libraries
 
 PROG = "fieldmark train"
 
@@ -23,6 +21,9 @@ def run(argv: list[str]) -> None:
         print(f"\n`{PROG} METHOD --help` says what a method takes.")
         return
     method = choose(next(iter(argv), None), list(METHODS), "method", f"{PROG} --help")
+    from fieldmark.commands.arguments import parse
+    from fieldmark.commands.console import quiet_libraries
+
     module = import_module(f"fieldmark.methods.{method}")
     summary = (module.__doc__ or "").partition("\n")[0]
     options = getattr(module, METHODS[method][0])
@@ -43,11 +44,13 @@ def how_to_resume(out: Path) -> str:
         return f"Interrupted; {again} goes on from the last checkpoint in {out / 'checkpoints'}."
     if not (out / "config.yaml").exists():
         return "Interrupted before the run began; run the same command again."
-    return f"Interrupted before a checkpoint was saved (--save_steps N saves one every N steps); {again} begins {out} anew."
+    return f"Interrupted before a checkpoint (--save_steps N saves one every N steps); {again} begins {out} anew."
 
 
 def show_run(out: Path) -> None:
     """Prints a finished run: metrics before and after, and where it lies."""
+    from fieldmark.commands.console import SHOWN, console, number, print_table
+
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     before, after = metrics["before"], metrics["after"]
     rows = [

@@ -19,6 +19,7 @@ from fieldmark.evaluation.report_charts import HEIGHT, WIDTH, draw_chart, number
 from fieldmark.evaluation.report_images import heat_uri, outline_uri, photo_uri
 
 MAX_BYTES = 5_000_000
+_LOOKERS = (("teacher_attention", "Teacher"), ("pooler_attention", "Pooler"))
 _COUNTS = ("n_queries", "n_gallery", "n_skipped")
 _METRIC_NAMES = {
     "map@r": "MAP@R",
@@ -193,7 +194,6 @@ def _cell(key: str, column: list[tuple[Any, float | None]], row: int) -> dict[st
     others = [f"{100 * v:.1f}" for v, _ in column if v is not None]
     return {
         "text": text,
-        "differing": [name.replace("_", " ") for name in differing],
         "spread": "" if spread is None else f"{100 * spread:.1f}",
         "share": round(min(max(float(value), 0.0), 1.0) * 100, 1),
         "best": len(set(others)) > 1 and float(text) == max(map(float, others)),
@@ -244,6 +244,7 @@ def _pair(pair: Mapping[str, Any], size: _Size, number: int) -> dict[str, Any]:
         "rows": rows,
         "text": text,
         "differing": [name.replace("_", " ") for name in differing],
+        "looked": any(pair.get(key) is not None for key, _ in _LOOKERS),
         "masked": pair.get("masks") is not None,
         "note": str(pair.get("note", "")),
     }
@@ -252,7 +253,7 @@ def _pair(pair: Mapping[str, Any], size: _Size, number: int) -> dict[str, Any]:
 def _pair_photo(pair: Mapping[str, Any], side: int, size: _Size) -> dict[str, Any]:
     label, name = pair["labels"][side], ("left", "right")[side]
     layers = []
-    for key, who in (("teacher_attention", "Teacher"), ("pooler_attention", "Pooler")):
+    for key, who in _LOOKERS:
         if pair.get(key) is not None:
             alt = f"{who}'s attention over the {name} photo ({label}), brighter is more"
             layers.append({"who": who, "src": heat_uri(pair[key][side]), "alt": alt})

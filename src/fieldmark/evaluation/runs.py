@@ -84,10 +84,12 @@ def read_run(folder: Path) -> Run:
         FieldmarkError: no such folder, not a run, a run that has not ended, a broken file.
     """
     if not folder.is_dir():
-        raise FieldmarkError(f"The run {folder} does not exist; give run folders, as `fieldmark train --out` makes them.")
+        raise FieldmarkError(f"The run {folder} does not exist; give folders that `fieldmark train --out` made.")
     metrics_file, settings_file = folder / "metrics.json", folder / "config.yaml"
     if not settings_file.is_file():
-        raise FieldmarkError(f"{folder} is not a run folder: it has no config.yaml; give what `fieldmark train --out` made.")
+        raise FieldmarkError(
+            f"{folder} is not a run: it has no config.yaml; give folders that `fieldmark train --out` made."
+        )
     if not metrics_file.is_file():
         raise FieldmarkError(f"The run {folder} has no metrics.json: its training has not ended.")
     try:
@@ -97,7 +99,7 @@ def read_run(folder: Path) -> Run:
         return Run(folder, metrics["method"], metrics["seed"], settings, metrics["before"], metrics["after"])
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise FieldmarkError(
-            f"{folder} has a metrics.json or config.yaml that a run does not write ({type(error).__name__}); train it again."
+            f"The metrics.json or config.yaml of {folder} is broken ({type(error).__name__}); train that run again."
         ) from error
 
 

@@ -23,17 +23,17 @@ def write_vectors(
     path: Path,
     *,
     batch_size: int = 64,
-    advance: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Embeds a catalogue in its order, chunk by chunk; at no time are more than four batches of vectors in memory.
 
     Args:
         student: the student.
         catalog: photos and what is known of them.
-        path: Parquet file with the columns `item_id`, `label`, `split`, `role` (text) and `embedding` (a float32 list of
-            fixed size). It appears when it is whole.
+        path: Parquet file with the columns `item_id`, `label`, `split`, `role` (text) and `embedding` (a float32 list
+            of fixed size). It appears when it is whole.
         batch_size: photos embedded at once.
-        advance: called with the number of photos done since the last call.
+        progress: called now and then with the number of photos done.
 
     Returns:
         Size of a vector.
@@ -56,7 +56,7 @@ def write_vectors(
                 columns = [pa.array(rows[name][:], pa.string()) for name in KEPT]
                 columns.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim))
                 writer.write_table(pa.table(columns, schema=schema))
-                advance(len(rows))
+                progress(start + len(rows))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""Metric-learning losses: Potential Field (ours) and, through pytorch-metric-learning, Proxy Anchor, Multi-Similarity, InfoNCE.
+"""Metric-learning losses: Potential Field (ours) and, through pytorch-metric-learning, Proxy Anchor,
+Multi-Similarity, InfoNCE.
 
 The loss classes gather embeddings and labels over processes with gradient and compute the loss of the *global* batch
 on every process, so that proxies get the same gradient everywhere and two processes train as one does.
@@ -29,10 +30,11 @@ def potential_field(
 ) -> Tensor:
     """Potential Field metric loss (PFML, arXiv 2405.18560): the mean energy of all embeddings and proxies.
 
-    A point ``r`` at distance ``d`` from a source feels ``-1/max(d, delta)^alpha`` when both are of one class (flat inside
-    ``delta``, then rising) and ``+1/min(d, delta)^alpha`` when they are not (falling inside ``delta``, then flat). The
-    field of class j sums the attraction of all its embeddings and proxies and the repulsion of all others; the energy
-    sums it over all embeddings and proxies, without self-interaction. We divide by the number of terms and floor ``d``.
+    A point ``r`` at distance ``d`` from a source feels ``-1/max(d, delta)^alpha`` when both are of one class (flat
+    inside ``delta``, then rising) and ``+1/min(d, delta)^alpha`` when they are not (falling inside ``delta``, then
+    flat). The field of class j sums the attraction of all its embeddings and proxies and the repulsion of all others;
+    the energy sums it over all embeddings and proxies, without self-interaction. We divide by the number of terms and
+    floor ``d``.
 
     Args:
         embeddings: ``[B, D]``; normalised here.
@@ -128,7 +130,8 @@ class MetricLoss(nn.Module):
     """A metric loss as sentence-transformers calls it: ``forward(features, labels)`` on one photo column.
 
     Inputs: one column of photos. Labels: class indices ``[B]``. Under several processes the loss is that of the global
-    batch (embeddings gathered with gradient); averaging parameter gradients over processes then gives exactly its gradient.
+    batch (embeddings gathered with gradient); averaging parameter gradients over processes then gives exactly its
+    gradient.
     """
 
     def __init__(self, model: nn.Module, metric: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """`fieldmark quickstart`: on a fresh machine, from drawn birds and the embedded teacher to a table and a report.
 
-The same student, the same start, the same batches and steps: once with Proxy Anchor alone (the control), once with SAGA.
+The same student, the same start, the same batches and steps: once with Proxy Anchor alone (the control), once with
+SAGA.
 """
 
 from __future__ import annotations

@@ -71,7 +71,9 @@ def write_run_report(
     )
 
 
-def galleries(student: SentenceTransformer, test: datasets.Dataset, count: int = 10, k: int = 6) -> list[dict[str, Any]]:
+def galleries(
+    student: SentenceTransformer, test: datasets.Dataset, count: int = 10, k: int = 6
+) -> list[dict[str, Any]]:
     """Queries with their nearest photos: half of them chosen from what went wrong, half at random."""
     labels = list(test["label"])
     found = retrieval_per_query(embed_catalog(student, test), labels, roles=list(test["role"]), k=k)
@@ -100,7 +102,8 @@ def explained_pairs(
     count: int = 6,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """For some test pairs: the teacher's words about the trained student's tokens, and where teacher and pooler looked."""
+    """For some test pairs: the teacher's words about the trained student's tokens, and where teacher and pooler
+    looked."""
     labels = list(test["label"])
     centroids = _class_means(labels, embed_catalog(student, test))
     drawn = sample_pairs(labels, count, seed=seed, epoch=0, step=0, kind="balanced", centroids=centroids)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import datasets
 import torch
 import yaml
+from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 
 from fieldmark.data.catalog import load_catalog, select_split
@@ -99,7 +100,8 @@ def open_task(config: TrainConfig) -> Task:
     names = train["label"][:]
     if any(name is None for name in names):
         raise FieldmarkError(
-            f"{config.data} has training photos without a label; metric learning needs a class for each, add a label column."
+            f"{config.data} has training photos without a label; metric learning needs a class for each, "
+            "add a label column."
         )
     classes = sorted(set(names))
     if len(classes) < 2:
@@ -113,6 +115,14 @@ def open_task(config: TrainConfig) -> Task:
 def check_folder(config: TrainConfig) -> Path:
     """Makes the run folder and writes its `config.yaml`; a folder with a finished or other run is refused."""
     out = Path(config.out)
+    processes = PartialState()
+    if processes.is_main_process:
+        _prepare_folder(config, out)
+    processes.wait_for_everyone()
+    return out
+
+
+def _prepare_folder(config: TrainConfig, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise FieldmarkError(f"--out {out} is a file; give a folder for the run.")
     if out.is_dir() and any(out.iterdir()) and not config.resume:
@@ -120,7 +130,6 @@ def check_folder(config: TrainConfig) -> Path:
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    return out
 
 
 def make_student(config: TrainConfig, source: str) -> SentenceTransformer:
@@ -138,8 +147,9 @@ def make_loss(config: TrainConfig, student: SentenceTransformer, num_classes: in
     return MetricLoss(student, build_metric_loss(config.loss, num_classes, dim, **(config.loss_options or {})))
 
 
-def make_batches(config: TrainConfig, labels: Sequence[int], world_size: int = 1) -> ClassBalancedSteps:
+def make_batches(config: TrainConfig, labels: Sequence[int]) -> ClassBalancedSteps:
     """The run's class-balanced batches; with fewer classes than asked for, all of them."""
+    world_size = PartialState().num_processes
     classes = min(config.classes_per_batch, len(set(labels)))
     size = classes * config.items_per_class
     if size % world_size:
@@ -177,6 +187,8 @@ def make_arguments(config: TrainConfig, out: Path, batches: ClassBalancedSteps, 
 def checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
     """The checkpoint a resumed run starts from (none: from the beginning), the log cut back to its step."""
     found = last_checkpoint(out / "checkpoints") if config.resume else None
+    if not PartialState().is_main_process:
+        return str(found) if found else None
     step = int(found.name.rpartition("-")[2]) if found else 0
     log = out / "log.jsonl"
     if log.exists():
@@ -191,7 +203,10 @@ def measure(student: SentenceTransformer, test: datasets.Dataset, config: TrainC
 
 
 def save_run(out: Path, student: SentenceTransformer, metrics: dict[str, Any], started: float) -> None:
-    """Writes `model/` and `metrics.json` (metrics before and after, seconds, peak memory); checkpoints go when it is whole."""
+    """Writes `model/` and `metrics.json` (metrics before and after, seconds, peak memory); checkpoints go when it is
+    whole."""
+    if not PartialState().is_main_process:
+        return
     student.save_pretrained(str(out / "model"), create_model_card=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     metrics = metrics | {"seconds": round(time.time() - started, 1), "peak_memory_gb": round(peak, 2)}

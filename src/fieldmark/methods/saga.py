@@ -1,8 +1,8 @@
 """SAGA: Semantic Attribute Gradients from (frozen-MLLM) Adjudication, arXiv 2606.15134.
 
 A frozen multimodal LLM compares two photos attribute by attribute and says whether they show the same class. The right
-verdicts are rewarded, and the policy gradient runs through the frozen LM into the vision tower; where the teacher looked
-teaches the pooler where to look. At inference the LM is gone.
+verdicts are rewarded, and the policy gradient runs through the frozen LM into the vision tower; where the teacher
+looked teaches the pooler where to look. At inference the LM is gone.
 
     Eq. 1   S = [X_a, X_b, T_inst]                              visual tokens of two photos, then the instruction
     Eq. 2   Y_g ~ p_psi(. | S), g = 1..G                        rollouts, no gradient
@@ -13,27 +13,29 @@ teaches the pooler where to look. At inference the LM is gone.
     Eq. 7   L_KL = KL(alpha_a || beta_a) + KL(alpha_b || beta_b)    beta: the pooler's attention; into the pooler only
     Eq. 8   L = lambda_dml L_DML + lambda_lm L_GRPO + lambda_kl L_KL
 
-One optimizer step (Algorithm 1): phase A embeds micro-batches under the metric loss; phase B samples pairs of them and keeps
-those whose rollouts disagree until K are found or the cap on micro-batches is reached; phase C replays the kept ones with
-gradient. Deviations and assumptions, each a setting of :class:`SagaConfig`:
+One optimizer step (Algorithm 1): phase A embeds micro-batches under the metric loss; phase B samples pairs of them
+and keeps those whose rollouts disagree until K are found or the cap on micro-batches is reached; phase C replays the
+kept ones with gradient. Deviations and assumptions, each a setting of :class:`SagaConfig`:
 
-1. The tokens X are the post-merger tokens, DeepStack features are kept and trained (`freeze_deepstack` for the ablation).
+1. The tokens X are the post-merger tokens, DeepStack features are kept and trained (`freeze_deepstack` for the
+   ablation).
 2. The attention layer is 0-based and given as a share of the LM's depth (26 of 36), so that it fits any teacher.
 3. Log-probabilities are those of the sampling temperature; top-p truncation is ignored in them (`replay_temperature`).
 4. The standard deviation is the sample one (`unbiased_std`), eps 1e-4.
-5. `pairs_per_batch` candidate pairs, half of them same-class, are tried per micro-batch; with `lookalikes` the different
-   ones come from the nearest class by centroid instead of at random.
+5. `pairs_per_batch` candidate pairs, half of them same-class, are tried per micro-batch; with `lookalikes` the
+   different ones come from the nearest class by centroid instead of at random.
 6. After `max_micro_batches` the step goes on with what is buffered; the log says so.
 7. Clipping by global norm covers tower and pooler; proxies have their own learning rate and are not clipped, as in the
    code of Proxy Anchor.
-8. The metric gradient is averaged over a step's micro-batches, so that its weight does not grow with the search for pairs.
+8. The metric gradient is averaged over a step's micro-batches, so that its weight does not grow with the search for
+   pairs.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +132,9 @@ class Kept:
 class SagaTrainer(FieldmarkTrainer):
     """One `training_step` is one optimizer step of Algorithm 1.
 
-    Under several processes every process runs phase A on its slice of the global micro-batch and phases B and C on every
-    world-size-th candidate pair. Phases B and C go around DDP's wrapper, so all gradients are reduced here, once a step.
+    Under several processes every process runs phase A on its slice of the global micro-batch and phases B and C on
+    every world-size-th candidate pair. Phases B and C go around DDP's wrapper, so all gradients are reduced here,
+    once a step.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class SagaTrainer(FieldmarkTrainer):
         self.pooler: nn.Module = self.model[1]
         self.prompt: Prompt = teacher.prompt(compare_prompt(domain), 2, self.tower.tokens_per_image)
         depth = teacher.layers
-        self.attention_layer = depth * 26 // 36 if config.attention_layer is None else config.attention_layer
+        self.attention_layer = config.attention_layer if config.attention_layer is not None else depth * 26 // 36
         self.trained = [p for p in (*self.model.parameters(), *self.loss.metric.parameters()) if p.requires_grad]
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -185,7 +188,8 @@ class SagaTrainer(FieldmarkTrainer):
         config = self.config
         return config.lambda_dml * mean_dml + config.lambda_lm * lm + config.lambda_kl * kl
 
-    # -- phase A: the metric loss ---------------------------------------------------------------------------------------
+    # -- phase A: the metric loss
+    # ---------------------------------------------------------------------------------------
 
     def _phase_a(self, inputs: dict[str, Any]) -> Tensor:
         """Embeds a micro-batch and back-propagates the metric loss into tower, pooler and proxies."""
@@ -202,7 +206,8 @@ class SagaTrainer(FieldmarkTrainer):
         own = indices[self.args.process_index * size : (self.args.process_index + 1) * size]
         return self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in own]))
 
-    # -- phase B: rollouts, no gradient -----------------------------------------------------------------------------------
+    # -- phase B: rollouts, no gradient
+    # -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _phase_b(self, step: int, micro: int, have: int, tally: Counter[str]) -> list[Kept]:
@@ -284,7 +289,8 @@ class SagaTrainer(FieldmarkTrainer):
         self.model.train()
         return class_centroids(labels, features["sentence_embedding"])
 
-    # -- phase C: replay with gradient --------------------------------------------------------------------------------------
+    # -- phase C: replay with gradient
+    # --------------------------------------------------------------------------------------
 
     def _phase_c(self, kept: list[Kept]) -> tuple[float, float, int]:
         """Back-propagates policy gradient (into the tower) and attention alignment (into the pooler), pair by pair."""
@@ -353,7 +359,8 @@ class SagaTrainer(FieldmarkTrainer):
                 total = total + len(target) * attention_alignment(target, beta[photo].expand_as(target))
         return total
 
-    # -- processes and health -----------------------------------------------------------------------------------------------
+    # -- processes and health
+    # -----------------------------------------------------------------------------------------------
 
     def _total(self, value: Any) -> Any:
         """Sum over processes."""
@@ -442,11 +449,14 @@ def train(config: SagaConfig) -> Path:
     # 2. Teacher: frozen, and the domain whose prompt it answers
     if config.teacher is None:
         raise FieldmarkError(
-            "SAGA needs a teacher; name a multimodal LLM with --teacher (a folder or a hub id), or build one for your catalogue "
-            "with `fieldmark build-teacher`."
+            "SAGA needs a teacher; name a multimodal LLM with --teacher (a folder or a hub id), or build one for your "
+            "catalogue with `fieldmark build-teacher`."
         )
+    domain = choose_domain(config)
+    if not domain.attributes:
+        config = replace(config, lambda_kl=0.0)  # no named attributes, no tokens to align with (paper, section 4.3)
     teacher = Teacher.load(config.teacher, dtype=getattr(torch, config.teacher_dtype))
-    domain = choose_domain(config, task)
+    check_settings(config, teacher, domain)
     out = check_folder(config)
     # 3. Student: its tower starts as the teacher's own
     student = make_student(config, config.student or config.teacher)
@@ -481,7 +491,7 @@ def train(config: SagaConfig) -> Path:
     return out
 
 
-def choose_domain(config: SagaConfig, task: Task) -> Domain:
+def choose_domain(config: SagaConfig) -> Domain:
     """The domain asked for, else the one of the catalogue's source, else the generic one."""
     if config.domain is not None:
         return load_domain(config.domain)
@@ -489,12 +499,26 @@ def choose_domain(config: SagaConfig, task: Task) -> Domain:
     return load_domain({"aviary": "aviary", "grocery": "groceries"}.get(scheme, "generic"))
 
 
+def check_settings(config: SagaConfig, teacher: Teacher, domain: Domain) -> None:
+    """Refuses settings that could teach nothing, before anything is computed."""
+    if config.group_size < 2:
+        raise FieldmarkError(f"group_size is {config.group_size}; a group needs at least 2 rollouts to differ.")
+    layer = config.attention_layer
+    if layer is not None and not 0 <= layer < teacher.layers:
+        raise FieldmarkError(
+            f"attention_layer {layer} was given; this teacher has layers 0 to {teacher.layers - 1}, choose one of them."
+        )
+    if config.lambda_kl and config.pooling == "mean":
+        raise FieldmarkError("Mean pooling has no attention that a teacher could align; set --lambda_kl 0.")
+
+
 def check_tower(tower: VisionTower, teacher: Teacher, config: SagaConfig) -> None:
     """The teacher must understand the student's tokens: they have its width, and its tower made them."""
     if tower.token_dim != teacher.hidden_size:
         raise FieldmarkError(
-            f"The student's tower gives tokens of width {tower.token_dim}, the teacher reads width {teacher.hidden_size}; "
-            "start the student from the teacher's own tower (leave --student out), or fit a projector first."
+            f"The student's tower gives tokens of width {tower.token_dim}, the teacher reads width "
+            f"{teacher.hidden_size}; start the student from the teacher's own tower (leave --student out), "
+            "or fit a projector first."
         )
 
 

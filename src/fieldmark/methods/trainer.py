@@ -74,7 +74,8 @@ class ClassBalancedSteps:
 
 
 class FieldmarkTrainer(SentenceTransformerTrainer):
-    """See the module docstring. `train_dataset` has the columns `photo` (a photo reference) and `label` (class index)."""
+    """See the module docstring. `train_dataset` has the columns `photo` (a photo reference) and `label` (class
+    index)."""
 
     def __init__(
         self, *args: Any, batches: ClassBalancedSteps, log_path: Path, description: str, **kwargs: Any
@@ -158,7 +159,8 @@ def restore_loss_state(loss: nn.Module, path: Path) -> None:
 
 
 def gradient_norms(model: SentenceTransformer, loss: nn.Module) -> dict[str, float]:
-    """Gradient norm per part: tower, merger (what projects into the LM), pooler, proxies; parts without gradient are left out."""
+    """Gradient norm per part: tower, merger (what projects into the LM), pooler, proxies; parts without gradient are
+    left out."""
     squares: dict[str, float] = {}
     named = [(_part(name), p) for name, p in model.named_parameters()]
     named += [("proxies", p) for name, p in loss.named_parameters() if not name.startswith("model.")]

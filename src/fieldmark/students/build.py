@@ -55,9 +55,10 @@ def build_student(
 def load_student(path: str | Path, device: str | None = None) -> SentenceTransformer:
     """Load a saved student without having to trust its folder.
 
-    sentence-transformers asks for ``trust_remote_code=True`` before it loads a module class from outside its own
-    package, installed or not. Here the folder may name classes of fieldmark and of sentence-transformers only, which
-    run no code of the folder, and the flag is set for it.
+    Before sentence-transformers (6.0 and later) imports a module class from outside its own package, installed or
+    not, it asks for ``trust_remote_code=True``: ``SentenceTransformer(path, trust_remote_code=True)`` loads a student
+    too. The flag trusts whatever the folder names; here it is set only for a folder that names nothing but fieldmark's
+    own classes, which run no code of the folder.
 
     Args:
         path: Folder or hub id of a student.

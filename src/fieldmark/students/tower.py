@@ -80,9 +80,10 @@ class VisionTower(InputModule):
 
         Args:
             model_id: Folder or hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, CLIP or SigLIP checkpoint, of a vision model
-                or of a timm network; or of a student, whose own tower it then is.
+                or of a timm network; of a composed teacher (tower and projector); or of a student (its own tower).
             resolution: Side of the square photo in pixels; None means 224, or the student's own.
-            projector_dim: Width of a linear projector with initial weights, or None (a student keeps its own).
+            projector_dim: Width of a linear projector with initial weights, or None (a student or composed
+                teacher keeps its own).
             image_mean: Channel means for pixels in 0..1; needed only if the checkpoint has no image processor.
             image_std: Channel standard deviations, likewise.
 
@@ -137,6 +138,10 @@ class VisionTower(InputModule):
         tower.projector = self.projector
         return tower
 
+    def __repr__(self) -> str:
+        kind = type(self.encoder.config).model_type
+        return f"VisionTower({kind}, {self.resolution} px, {self.tokens_per_image} tokens of {self.token_dim})"
+
     @property
     def modalities(self) -> list[Any]:
         """Only photos; a string is the path or uri of one."""
@@ -170,8 +175,12 @@ class VisionTower(InputModule):
         """Let the owning model hand every input to this tower.
 
         sentence-transformers guesses the modality of a string from its ending and would refuse ``aviary://`` uris and
-        photos with an unusual file name as text; here a string always means a photo.
+        photos with an unusual file name as text; here a string always means a photo. The model card's example is made
+        of plain swatches for the same reason: its default is three sentences.
         """
+        card: Any = model.model_card_data
+        if card.usage_examples is None:
+            card.usage_examples = [Image.new("RGB", (32, 32), name) for name in ("teal", "peru", "olive")]
         model.preprocess = self.preprocess  # type: ignore[method-assign]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -228,7 +237,7 @@ class VisionTower(InputModule):
         options = kwargs.get("model_kwargs") or {}
         dtype = options.get("dtype") or options.get("torch_dtype")
         if dtype in (None, "auto"):
-            dtype = next(iter(weights.values())).dtype
+            dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
         return tower.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
@@ -274,7 +283,11 @@ def _vision_config(checkpoint: Checkpoint) -> PretrainedConfig:
         ) from error
     vision = getattr(config, "vision_config", None)
     if isinstance(vision, PretrainedConfig):
-        if is_qwen(vision) or is_composed(checkpoint) or (config.model_type in DUAL_ENCODERS and type(vision) in MODEL_MAPPING):
+        if (
+            is_qwen(vision)
+            or is_composed(checkpoint)
+            or (config.model_type in DUAL_ENCODERS and type(vision) in MODEL_MAPPING)
+        ):
             return vision
         raise FieldmarkError(
             f"{checkpoint.source} is a {config.model_type} checkpoint, whose tower is not supported; give a Qwen2-VL, "

@@ -287,16 +287,18 @@ def checkpointed(language_model: PreTrainedModel) -> Iterator[None]:
 
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     layers = [layer for layer in language_model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    names = ("gradient_checkpointing", "training", "_gradient_checkpointing_func")
+    before = [{name: vars(layer)[name] for name in names if name in vars(layer)} for layer in layers]
     # transformers checkpoints a layer only in training mode; its submodules stay in eval mode.
     for layer in layers:
-        layer.gradient_checkpointing, layer.training = True, True
-        layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+        vars(layer).update(gradient_checkpointing=True, training=True, _gradient_checkpointing_func=run)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.gradient_checkpointing, layer.training = False, False
-            del layer._gradient_checkpointing_func
+        for layer, values in zip(layers, before, strict=True):
+            for name in names:
+                vars(layer).pop(name, None)
+            vars(layer).update(values)
 
 
 def _refuse_variants(kwargs: dict[str, Any], length: int) -> None:

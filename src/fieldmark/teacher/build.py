@@ -2,8 +2,8 @@
 
 1. The catalogue's teacher part: classes that are neither trained on nor tested by any student.
 2. A tokenizer for the answers it will give.
-3. A body: Qwen3-VL's architecture, made from nothing; or, with `--tower`, a pre-trained vision network, a projector and a
-   small language model (`composed`).
+3. A body: Qwen3-VL's architecture, made from nothing; or, with `--tower`, a pre-trained vision network, a projector
+   and a small language model (`composed`).
 4. The tower learns to read attributes; a pre-trained one stays as it is and its projector is fitted (`reading`).
 5. The language model learns to say them and to give a verdict (`speaking`).
 6. An examination on classes it has never seen (`examine`), a card, safetensors in bf16.
@@ -43,7 +43,8 @@ class BuildConfig:
     """Settings of `build-teacher`.
 
     Attributes:
-        data: catalogue with attributes (`aviary`, `aviary:PHOTOS_PER_SPECIES`, `grocery:DIR`, a table with a train split).
+        data: catalogue with attributes (`aviary`, `aviary:PHOTOS_PER_SPECIES`, `grocery:DIR`, a table with a train
+            split).
         out: folder of the teacher.
         tower: folder or hub id of a pre-trained timm network; null makes a Qwen3-VL tower from nothing.
         tower_steps: optimizer steps of a tower from nothing.
@@ -166,7 +167,7 @@ def put_tower(teacher: Teacher, tower: VisionTower) -> None:
     body: Any = teacher.model.model
     with torch.no_grad():
         if hasattr(body, "visual"):
-            body.visual.load_state_dict({k: v for k, v in _tower_state(tower).items()})
+            body.visual.load_state_dict(tower.encoder.model.state_dict())
         else:
             body.vision_tower.load_state_dict(tower.encoder.model.state_dict())
             assert tower.projector is not None
@@ -183,11 +184,6 @@ def save_teacher(teacher: Teacher, out: Path) -> Teacher:
 def _save(teacher: Teacher, folder: Path) -> None:
     teacher.model.save_pretrained(folder)
     teacher.processor.save_pretrained(folder)
-
-
-def _tower_state(tower: VisionTower) -> dict[str, torch.Tensor]:
-    """The tower's tensors under the names and shapes of a checkpoint."""
-    return dict(tower.encoder.model.state_dict())
 
 
 def _teach_tower(
@@ -323,13 +319,14 @@ def write_card(
     (out / "README.md").write_text(
         f"""# A small teacher, built by `fieldmark build-teacher`
 
-{parameters / 1e6:.1f} M parameters, {teacher.model_type}, made from the teacher part of `{Path(config.data.split(":")[0]).name}` \
-(classes that no student trains on or is tested on); tower: {config.tower_steps} steps, language: {config.language_steps} steps.
-It answers one question, in the wording of the domain `{domain.name}`, and knows nothing else.
+{parameters / 1e6:.1f} M parameters, {teacher.model_type}, made from the teacher part of
+`{Path(config.data.split(":")[0]).name}` (classes that no student trains on or is tested on); tower:
+{config.tower_steps} steps, language: {config.language_steps} steps. It answers one question, in the wording of the
+domain `{domain.name}`, and knows nothing else.
 
-Examined on classes it has never seen, {config.exam_pairs} balanced pairs, 8 rollouts each at temperature 0.7, top-p 0.95.
-*Look-alikes*: test classes, the different half are the nearest classes by attributes. *Training pairs*: the student's \
-training classes, different ones drawn at random, as SAGA draws them.
+Examined on classes it has never seen, {config.exam_pairs} balanced pairs, 8 rollouts each at temperature 0.7, top-p
+0.95. *Look-alikes*: test classes, the different half are the nearest classes by attributes. *Training pairs*: the
+student's training classes, different ones drawn at random, as SAGA draws them.
 
 | | look-alikes | training pairs |
 | --- | --- | --- |

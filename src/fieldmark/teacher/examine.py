@@ -1,4 +1,5 @@
-"""Examines a teacher: how often it answers in valid JSON, how often its verdict is right, how often it disagrees with itself.
+"""Examines a teacher: how often it answers in valid JSON, how often its verdict is right, how often it disagrees with
+itself.
 
 Pairs are balanced: half of one class, half of different classes; the different ones are look-alikes (nearest classes by
 attributes) or, where a catalogue has no attributes, random. The share of mixed groups says whether SAGA could learn

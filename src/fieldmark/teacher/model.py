@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from fieldmark.data.photos import load_square, open_photo
 from fieldmark.errors import FieldmarkError
 
 # Proved equal to the public forward by the tests; any other type is checked once, when it is loaded.
@@ -177,7 +178,7 @@ class Teacher:
     def _image_inputs(self, images: Sequence[Image.Image], resolution: int | None) -> dict[str, Tensor]:
         """Pixels as the tower takes them."""
         factor = self._pixels_per_token()
-        photos = [image.convert("RGB") for image in images]
+        photos = [open_photo(image) for image in images]
         options = dict(PROCESSOR_OPTIONS.get(self.model_type, {}))
         if factor is None and resolution is not None:
             raise FieldmarkError(
@@ -191,7 +192,7 @@ class Teacher:
                     f"resolution {side} is not a multiple of {factor}, the pixels of one visual token of this "
                     f"{self.model_type} teacher; give a multiple of {factor}"
                 )
-            photos = [photo.resize((side, side), Image.Resampling.BICUBIC) for photo in photos]
+            photos = [load_square(photo, side) for photo in photos]
             options["size"] = _exact_size(side)
         batch = self.processor.image_processor(images=photos, return_tensors="pt", **options)
         inputs = {"pixel_values": batch["pixel_values"].to(self.device, self.dtype)}

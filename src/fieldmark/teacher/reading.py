@@ -1,9 +1,9 @@
 """Stage 1 of `build-teacher`: a vision tower learns to read the attributes of a catalogue.
 
-Heads on the tower's tokens (the merged tokens and each DeepStack feature) say, for every attribute, where in the photo it
-can be read and which value it has; the photo's answer is the value at the places that speak for it. Where the catalogue
-knows the true places (the aviary's part masks) they are taught too, which makes a tower from nothing learn in minutes.
-The heads are thrown away: what stays are tokens a small language model can read.
+Heads on the tower's tokens (the merged tokens and each DeepStack feature) say, for every attribute, where in the
+photo it can be read and which value it has; the photo's answer is the value at the places that speak for it. Where
+the catalogue knows the true places (the aviary's part masks) they are taught too, which makes a tower from nothing
+learn in minutes. The heads are thrown away: what stays are tokens a small language model can read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class AttributeTable:
 
 
 class AttributeReader(nn.Module):
-    """Reads attributes off one feature map: for each attribute a place score and a score of each value, token by token."""
+    """Reads attributes off one feature map: for each attribute a place score and a score of each value, token by
+    token."""
 
     def __init__(self, token_dim: int, table: AttributeTable) -> None:
         super().__init__()
@@ -144,7 +145,8 @@ def train_tower(
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Trains all of the tower to read the attributes; returns the share read right over the last steps (training photos).
+    """Trains all of the tower to read the attributes; returns the share read right over the last steps (training
+    photos).
 
     Args:
         tower: changed in place.

@@ -1,7 +1,8 @@
 """Stage 2 of `build-teacher`: a small language model learns to say what the tower's tokens show.
 
-Supervised fine-tuning on ideal answers (`compare.answer_json`) about pairs of photos whose attributes the catalogue knows:
-half of them of one class, the others look-alikes (the nearest classes by attributes) or random. The tower is done; its
+Supervised fine-tuning on ideal answers (`compare.answer_json`) about pairs of photos whose attributes the catalogue
+knows: half of them of one class, the others look-alikes (the nearest classes by attributes) or random. The tower is
+    done; its
 tokens were computed once.
 """
 
@@ -66,8 +67,10 @@ class PairDrawer:
 def nearest_classes(attributes: Sequence[dict[str, str]]) -> list[np.ndarray]:
     """For each class the classes that differ from it in the fewest attributes."""
     names = sorted({name for row in attributes for name in row})
-    table = np.array([[row.get(name) or "" for name in names] for row in attributes])
-    distance = (table[:, None, :] != table[None, :, :]).sum(-1)
+    distance = np.zeros((len(attributes), len(attributes)), dtype=np.int16)
+    for name in names:
+        column = np.array([row.get(name) or "" for row in attributes])
+        distance += column[:, None] != column[None, :]
     np.fill_diagonal(distance, len(names) + 1)
     return [np.flatnonzero(row == row.min()) for row in distance]
 
@@ -130,7 +133,7 @@ def train_language(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
     for step in range(steps):
         pairs = [drawer.draw() for _ in range(batch_size)]
-        answers = [tokenizer(ideal_answer(domain, bank, p)).input_ids + [tokenizer.eos_token_id] for p in pairs]
+        answers = [[*tokenizer(ideal_answer(domain, bank, p)).input_ids, tokenizer.eos_token_id] for p in pairs]
         width = max(map(len, answers))
         ids = torch.tensor([a + [tokenizer.pad_token_id] * (width - len(a)) for a in answers])
         mask = torch.arange(width) < torch.tensor([len(a) for a in answers])[:, None]

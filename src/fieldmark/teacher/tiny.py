@@ -1,9 +1,9 @@
 """A small multimodal LLM of the Qwen3-VL architecture, made from nothing: the body of the embedded teacher.
 
-It has what the published checkpoints have (M-RoPE, DeepStack, their processor and chat template, 49 merged tokens a photo
-at 224 px) and differs from them in size alone, so that one code path serves both. Its tokenizer is a byte-level BPE trained
-on the answers it will give: an attribute's name with its JSON quotes is one token, and so is a value, which keeps answers
-short (two tokens an attribute) while any other text can still be written, byte by byte.
+It has what the published checkpoints have (M-RoPE, DeepStack, their processor and chat template, 49 merged tokens a
+photo at 224 px) and differs from them in size alone, so that one code path serves both. Its tokenizer is a byte-level
+BPE trained on the answers it will give: an attribute's name with its JSON quotes is one token, and so is a value, which
+keeps answers short (two tokens an attribute) while any other text can still be written, byte by byte.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
-# A key or a value together with the JSON punctuation that follows it, else a word, a number, punctuation or white space.
+# A key or a value together with the JSON punctuation that follows it, else a word, a number, punctuation or white
+# space.
 _CHUNKS = Regex(r"""[^"{}:,\s][^"{}:,]*"(?:: "|, "|\}, "|: \{"|\}|)|,? ?[A-Za-z'_]+|[0-9]+|[^A-Za-z0-9\s]+|\s+""")
 
 
@@ -93,7 +94,8 @@ def make_model(
     vision: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
 ) -> Qwen3VLForConditionalGeneration:
-    """A randomly initialised Qwen3-VL of about six million parameters (`vision` and `text` override single settings)."""
+    """A randomly initialised Qwen3-VL of about six million parameters (`vision` and `text` override single
+    settings)."""
     text_config = {
         "vocab_size": len(tokenizer),
         "hidden_size": 256,

@@ -31,8 +31,11 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 HABITATS = ("sky", "forest", "water", "reeds", "snow", "meadow", "desert")
 PARTS = ("teacher", "train", "test")
 
-_FAMILIES = {"train": 20, "test": 20, "teacher": 40}  # six species each
-_MARKS_BETWEEN_FOUNDERS = 7
+# Six species each. The teacher's world is wide, as a public model's is: from 40 families a small model learned the
+# species by heart and read nothing off birds it had not seen.
+_FAMILIES = {"train": 20, "test": 20, "teacher": 400}
+_MARKS_BETWEEN_FOUNDERS = 7  # of different parts, and inside the student's parts
+_MARKS_BETWEEN_TEACHER_FOUNDERS = 5
 
 _ONSETS = ("b", "br", "c", "d", "dr", "f", "g", "h", "k", "l", "m", "n", "p", "qu", "r", "s", "st", "t", "tr", "v", "w")
 _VOWELS = ("a", "e", "i", "o", "u")
@@ -94,11 +97,12 @@ def marks_that_differ(a: Species, b: Species) -> list[str]:
 def one_mark_pairs(part: str) -> list[tuple[Species, Species, str]]:
     """All pairs of one part that differ in exactly one mark, with that mark's name."""
     members = species(part)
+    columns = [np.array([one.attributes[name] for one in members]) for name in ATTRIBUTES]
     pairs = []
-    for i, a in enumerate(members):
-        for b in members[i + 1 :]:
-            if len(marks := marks_that_differ(a, b)) == 1:
-                pairs.append((a, b, marks[0]))
+    for i, one in enumerate(members):
+        differ = np.stack([column[i] != column[i + 1 :] for column in columns])
+        for j in np.flatnonzero(differ.sum(axis=0) == 1):
+            pairs.append((one, members[i + 1 + j], list(ATTRIBUTES)[int(differ[:, j].argmax())]))
     return pairs
 
 
@@ -111,7 +115,7 @@ def _by_slug() -> dict[str, Species]:
 def _all_species() -> dict[str, tuple[Species, ...]]:
     """Families are drawn in one stream for all parts, so that none of them can resemble a family of another part."""
     rng = stable_generator("aviary", "species", 1)
-    founders: list[dict[str, str]] = []
+    founders: list[tuple[dict[str, str], int]] = []
     families_used: set[str] = set()
     places_used: set[str] = set()
     parts: dict[str, tuple[Species, ...]] = {}
@@ -119,8 +123,12 @@ def _all_species() -> dict[str, tuple[Species, ...]]:
         members: list[Species] = []
         for index in range(count):
             founder = _founder(rng, founders)
-            founders.append(founder)
+            founders.append(
+                (founder, _MARKS_BETWEEN_FOUNDERS if part != "teacher" else _MARKS_BETWEEN_TEACHER_FOUNDERS)
+            )
             family_name = _new_word(rng, _BIRD_ENDINGS, families_used)
+            if part == "teacher":
+                places_used = set()  # there are fewer place names than the teacher's species
             for marks in _family(rng, founder, index):
                 name = f"{_new_word(rng, _PLACE_ENDINGS, places_used)} {family_name}"
                 members.append(Species(name, marks, HABITATS[rng.integers(len(HABITATS))]))
@@ -128,11 +136,11 @@ def _all_species() -> dict[str, tuple[Species, ...]]:
     return parts
 
 
-def _founder(rng: np.random.Generator, others: list[dict[str, str]]) -> dict[str, str]:
-    # Relatives lie at most two marks from their founder: three marks remain between any two families.
+def _founder(rng: np.random.Generator, others: list[tuple[dict[str, str], int]]) -> dict[str, str]:
+    # Relatives lie at most two marks from their founder: three marks remain between families of different parts.
     for _ in range(100_000):
         marks = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
-        if all(sum(marks[name] != other[name] for name in ATTRIBUTES) >= _MARKS_BETWEEN_FOUNDERS for other in others):
+        if all(sum(marks[name] != other[name] for name in ATTRIBUTES) >= least for other, least in others):
             return marks
     raise AssertionError("the attribute table is too small for the number of families")
 

@@ -1,0 +1,8 @@
+.PHONY: check format
+
+check:
+	.ci/run
+
+format:
+	uv run ruff format .
+	uv run ruff check --fix .
