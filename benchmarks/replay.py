@@ -260,6 +260,7 @@ def measure(size: str, repeats: int, threads: int, checkpoint: bool) -> list[dic
             if done.returncode:
                 raise SystemExit(f"{row} failed:\n{done.stderr[-2000:]}")
             runs[row].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{size}: {ROWS[row]}: {runs[row][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     results = []
     for row, found in runs.items():
         base = runs["step_shared" if row.startswith("step") else "replay_shared"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from fieldmark.errors import FieldmarkError
 from fieldmark.methods import saga
 from fieldmark.methods.quickstart import embedded_teacher
+from fieldmark.methods.run import Task
 from fieldmark.methods.saga import SagaConfig
 from fieldmark.students.build import build_student
 from fieldmark.teacher.model import Teacher
@@ -38,10 +40,12 @@ SMALL = {
 @pytest.fixture
 def few_photos(monkeypatch):
     """The measurement before and after on eight photos: these tests are about training."""
-    from fieldmark.methods import run
+    full = saga.open_task
+    monkeypatch.setattr(saga, "open_task", lambda config: few(full(config)))
 
-    full = run.evaluate_student
-    monkeypatch.setattr(run, "evaluate_student", lambda student, test, **o: full(student, test.select(range(8)), **o))
+
+def few(task: Task) -> Task:
+    return replace(task, test=task.test.select(range(8)))
 
 
 def train(out: Path, **changes) -> Path:
@@ -198,4 +202,4 @@ def test_another_towers_tokens_are_refused(tmp_path):
     student = build_student(embedded_teacher(), pooling="mean")
     student[0].projector = torch.nn.Linear(student[0].token_dim, 8)
     with pytest.raises(FieldmarkError, match="width 8"):
-        saga.check_tower(student[0], Teacher.load(embedded_teacher()), SagaConfig(data="", out=""))
+        saga.check_tower(student[0], Teacher.load(embedded_teacher()))

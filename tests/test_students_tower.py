@@ -244,6 +244,30 @@ def test_feature_map_becomes_tokens_and_batch_norm_stays_frozen(tmp_path):
     np.testing.assert_allclose(again, student.encode(photos(2, 32)), atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "tokens", "width"), [("test_efficientnet", 4, 256), ("test_vit", 16, 64)])
+def test_timm_networks_give_their_map_or_their_patches(tmp_path, name, tokens, width):
+    timm = pytest.importorskip("timm")
+    assert timm.is_model(name)
+    settings = {"architecture": name, "num_classes": 0, "pretrained_cfg": {"mean": MEAN, "std": STD}}
+    side = 64
+    if name == "test_vit":
+        side, settings["model_args"] = 64, {"img_size": 64}
+    model = transformers.TimmWrapperModel(transformers.TimmWrapperConfig.from_dict(settings)).eval()
+    model.save_pretrained(tmp_path / "timm")
+    student = build_student(tmp_path / "timm", resolution=side)
+    features = student[0].preprocess(photos(2, side))
+    with torch.no_grad():
+        states = model.timm_model.forward_features(features["pixel_values"])
+        expected = (
+            states.flatten(2).transpose(1, 2) if states.ndim == 4 else states[:, model.timm_model.num_prefix_tokens :]
+        )
+        torch.testing.assert_close(student[0](features)["token_embeddings"], expected, rtol=0, atol=1e-5)
+    assert expected.shape == (2, tokens, width)
+    student.save_pretrained(str(tmp_path / "student"))
+    again = load_student(tmp_path / "student").encode(photos(2, side))
+    np.testing.assert_allclose(again, student.encode(photos(2, side)), atol=1e-6)
+
+
 def test_composed_teacher_gives_tower_and_projector(tmp_path):
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
     body, projector = transformers.ResNetModel(config).eval(), torch.nn.Linear(8, 32)
@@ -448,6 +472,7 @@ def test_bad_checkpoints_are_refused_in_a_sentence(folders, tmp_path, monkeypatc
     modules = tmp_path / "student" / "modules.json"
     modules.write_text(modules.read_text().replace("fieldmark.students.pooling.", "evil.code."))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(sys.modules, "timm", None)
 
     cases = [
         (lambda: VisionTower.from_pretrained(tmp_path / "nothing"), "not a model folder"),
@@ -460,14 +485,11 @@ def test_bad_checkpoints_are_refused_in_a_sentence(folders, tmp_path, monkeypatc
         (lambda: VisionTower.from_pretrained(half, 16), "do not fit"),
         (lambda: VisionTower.from_pretrained(folders["qwen3_vl"], 20), "multiple of 8"),
         (lambda: VisionTower.from_pretrained(foreign, 18), "multiple of 4"),
+        (lambda: VisionTower.from_pretrained(timm, 32), "timm is not installed"),
         (lambda: load_student(foreign), "not a trained student"),
         (lambda: load_student(tmp_path / "student"), "evil.code"),
         (lambda: build_student(foreign, pooling="max"), "attention, mean"),
     ]
-    try:
-        import timm as _  # noqa: F401
-    except ImportError:
-        cases.append((lambda: VisionTower.from_pretrained(timm, 32), "timm is not installed"))
     for attempt, message in cases:
         with pytest.raises(FieldmarkError, match=message) as caught:
             attempt()

@@ -41,7 +41,8 @@ def run(argv: list[str]) -> None:
     rows = []
     for group in groups:
         seeds = f"{len(group.runs)} seed" + "s" * (len(group.runs) > 1)
-        name = [f"{group.method} {group.settings.get('loss')}, {group.settings.get('pooling')}, {group.steps}, {seeds}"]
+        name = [f"{group.method} {group.settings.get('loss')}, {group.settings.get('pooling')}"]
+        name.append(f"{group.steps}, {seeds}")
         name += [f"{key} {value}" for key, value in group.differs.items()]
         if len({other.settings.get("data") for other in groups}) > 1:
             name.append(str(group.settings.get("data")))

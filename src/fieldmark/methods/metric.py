@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fieldmark.errors import FieldmarkError
+from fieldmark.methods.reporting import write_run_report
 from fieldmark.methods.run import (
     TrainConfig,
     check_folder,
@@ -56,7 +57,10 @@ def train(config: MetricConfig) -> Path:
         description=f"{config.loss} ({config.pooling})",
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
-    # 6. The trained student, 7. run folder
+    # 6. The trained student, 7. run folder, 8. report
     after = measure(student, task.test, config)
-    save_run(out, student, {"method": "metric", "seed": config.seed, "before": before, "after": after}, started)
+    results = {"method": "metric", "seed": config.seed, "before": before.metrics, "after": after.metrics}
+    if save_run(out, student, results, started):
+        title = f"{config.loss.replace('_', ' ').capitalize()} on {config.data}"
+        write_run_report({config.loss: out}, task.test, student, after.embeddings, out / "report.html", title=title)
     return out

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fieldmark.data.catalog import load_catalog, select_split
+from fieldmark.evaluation.student import embed_catalog
 from fieldmark.methods import metric, saga
-from fieldmark.methods.reporting import SHOWN, write_run_report
+from fieldmark.methods.reporting import SHOWN, Witness, write_run_report
 from fieldmark.students.build import load_student
 from fieldmark.teacher.compare import load_domain
 from fieldmark.teacher.model import Teacher
@@ -72,16 +73,17 @@ def quickstart(config: QuickstartConfig) -> Path:
         ),
     }
     loaded = Teacher.load(teacher)
+    student = load_student(runs["SAGA"] / "model", device="cpu")
+    test = select_split(load_catalog(config.data), "test")
     report = out / "report.html"
     write_run_report(
         runs,
-        select_split(load_catalog(config.data), "test"),
-        load_student(runs["SAGA"] / "model", device="cpu"),
+        test,
+        student,
+        embed_catalog(student, test),
         report,
         title="Fieldmark quickstart: drawn birds",
-        teacher=loaded,
-        domain=load_domain("aviary"),
-        attention_layer=loaded.layers * 26 // 36,
+        witness=Witness(loaded, load_domain("aviary"), loaded.layers * 26 // 36),
     )
     _print_table(runs)
     Console().print(f"Report: {report}", markup=False, highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from fieldmark.data.aviary import draw_with_masks_uri
-from fieldmark.data.batches import sample_pairs
+from fieldmark.data.batches import class_centroids, sample_pairs
 from fieldmark.data.photos import load_square
 from fieldmark.evaluation.report import write_report
 from fieldmark.evaluation.retrieval import retrieval_per_query
-from fieldmark.evaluation.student import embed_catalog
 from fieldmark.teacher.compare import Domain, attribute_token_spans, compare_prompt, parse_verdict
 from fieldmark.teacher.model import Teacher, VisualTokens
 from fieldmark.teacher.prefix import replay, rollout
@@ -27,16 +27,24 @@ SHOWN = ("recall@1", "recall@4", "map@r", "nmi")
 HEALTH = ("mixed_groups", "verdict_accuracy", "valid_json", "completion_length")
 
 
+@dataclass(frozen=True)
+class Witness:
+    """A teacher that is asked, for the report, about some pairs: its prompt's domain and the layer of its attention."""
+
+    teacher: Teacher
+    domain: Domain
+    attention_layer: int
+
+
 def write_run_report(
     runs: Mapping[str, Path],
     test: datasets.Dataset,
     student: SentenceTransformer,
+    embeddings: np.ndarray,
     path: Path,
     *,
     title: str,
-    teacher: Teacher | None = None,
-    domain: Domain | None = None,
-    attention_layer: int | None = None,
+    witness: Witness | None = None,
 ) -> None:
     """One HTML file about one or several runs of the same start.
 
@@ -44,18 +52,15 @@ def write_run_report(
         runs: name -> run folder, in the order of the table.
         test: the photos that were measured.
         student: the trained student whose galleries and attention are shown.
+        embeddings: [len(test), D], that student's vectors.
         path: the file.
         title: its heading.
-        teacher: shows the teacher's words and attention where given, with `domain` and `attention_layer`.
-        domain: the comparison prompt.
-        attention_layer: 0-based decoder layer.
+        witness: shows a teacher's words and attention about the student's tokens.
     """
     logs = {name: _read_log(run / "log.jsonl") for name, run in runs.items()}
     metrics = {name: json.loads((run / "metrics.json").read_text(encoding="utf-8")) for name, run in runs.items()}
-    last = next(reversed(runs.values()))
-    pairs = []
-    if teacher is not None and domain is not None and attention_layer is not None:
-        pairs = explained_pairs(student, test, teacher, domain, attention_layer)
+    last = list(runs.values())[-1]
+    pairs = [] if witness is None else explained_pairs(student, test, embeddings, witness)
     seconds = {f"{name}: seconds": m["seconds"] for name, m in metrics.items()}
     write_report(
         path,
@@ -63,7 +68,7 @@ def write_run_report(
         subtitle=f"{len(test)} test photos of {len(set(test['label']))} classes that were not trained on",
         table=_table(metrics),
         curves=_curves(logs),
-        galleries=galleries(student, test),
+        galleries=galleries(test, embeddings),
         pairs=pairs,
         health=_health(logs),
         settings=yaml.safe_load((last / "config.yaml").read_text(encoding="utf-8")),
@@ -71,12 +76,10 @@ def write_run_report(
     )
 
 
-def galleries(
-    student: SentenceTransformer, test: datasets.Dataset, count: int = 10, k: int = 6
-) -> list[dict[str, Any]]:
+def galleries(test: datasets.Dataset, embeddings: np.ndarray, count: int = 10, k: int = 6) -> list[dict[str, Any]]:
     """Queries with their nearest photos: half of them chosen from what went wrong, half at random."""
     labels = list(test["label"])
-    found = retrieval_per_query(embed_catalog(student, test), labels, roles=list(test["role"]), k=k)
+    found = retrieval_per_query(embeddings, labels, roles=list(test["role"]), k=k)
     rng = np.random.default_rng(0)
     wrong = rng.permutation(np.flatnonzero(found.counted & ~found.hit_at_1))[: count // 2]
     rest = np.setdiff1d(np.flatnonzero(found.counted), wrong)
@@ -96,24 +99,26 @@ def galleries(
 def explained_pairs(
     student: SentenceTransformer,
     test: datasets.Dataset,
-    teacher: Teacher,
-    domain: Domain,
-    attention_layer: int,
+    embeddings: np.ndarray,
+    witness: Witness,
     count: int = 6,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """For some test pairs: the teacher's words about the trained student's tokens, and where teacher and pooler
     looked."""
     labels = list(test["label"])
-    centroids = _class_means(labels, embed_catalog(student, test))
+    centroids = class_centroids(labels, embeddings)
     drawn = sample_pairs(labels, count, seed=seed, epoch=0, step=0, kind="balanced", centroids=centroids)
+    teacher, domain = witness.teacher, witness.domain
     tower, pooler = student[0], student[1]
+    student.eval()
     prompt = teacher.prompt(compare_prompt(domain), 2, tower.tokens_per_image)  # type: ignore[union-attr,arg-type]
     shown = []
     for number, (a, b, same) in enumerate(drawn):
         refs = [test[i]["image"] for i in (a, b)]
         with torch.no_grad():
-            features = tower(tower.preprocess(refs))  # type: ignore[operator]
+            pixels = tower.preprocess(refs)["pixel_values"].to(teacher.device)  # type: ignore[operator]
+            features = tower({"pixel_values": pixels})
             visual = VisualTokens(features["token_embeddings"], tuple(features["deepstack"]))
             beta = pooler(features).get("pooling_attention")
             rolled = rollout(
@@ -137,7 +142,7 @@ def explained_pairs(
                 ids,
                 mask,
                 temperature=0.7,
-                attention_layer=attention_layer,
+                attention_layer=witness.attention_layer,
                 attention_rows=rows,
                 checkpoint=False,
             ).attention
@@ -158,11 +163,6 @@ def explained_pairs(
             }
         )
     return shown
-
-
-def _class_means(labels: Sequence[str], embeddings: np.ndarray) -> dict[str, np.ndarray]:
-    names = np.array(labels)
-    return {name: embeddings[names == name].mean(0) for name in sorted(set(labels))}
 
 
 def _words(fields: Mapping[str, Any] | None, domain: Domain) -> tuple[dict[str, str], dict[str, str]] | None:

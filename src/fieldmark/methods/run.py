@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from fieldmark.data.catalog import load_catalog, select_split
 from fieldmark.errors import FieldmarkError
-from fieldmark.evaluation.student import evaluate_student
+from fieldmark.evaluation.student import Evaluation, evaluate_student
 from fieldmark.losses.metric import MetricLoss, build_metric_loss
 from fieldmark.methods.trainer import ClassBalancedSteps, last_checkpoint, training_arguments
 from fieldmark.students.build import build_student
@@ -197,19 +197,20 @@ def checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
     return str(found) if found else None
 
 
-def measure(student: SentenceTransformer, test: datasets.Dataset, config: TrainConfig) -> dict[str, float]:
-    """All metrics of the student on the test part."""
-    return evaluate_student(student, test, batch_size=config.eval_batch_size).metrics
+def measure(student: SentenceTransformer, test: datasets.Dataset, config: TrainConfig) -> Evaluation:
+    """All metrics of the student on the test part, and the vectors they come from."""
+    return evaluate_student(student, test, batch_size=config.eval_batch_size)
 
 
-def save_run(out: Path, student: SentenceTransformer, metrics: dict[str, Any], started: float) -> None:
+def save_run(out: Path, student: SentenceTransformer, metrics: dict[str, Any], started: float) -> bool:
     """Writes `model/` and `metrics.json` (metrics before and after, seconds, peak memory); checkpoints go when it is
     whole."""
     if not PartialState().is_main_process:
-        return
+        return False
     student.save_pretrained(str(out / "model"), create_model_card=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     metrics = metrics | {"seconds": round(time.time() - started, 1), "peak_memory_gb": round(peak, 2)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out / "checkpoints")
     (out / "checkpoints").mkdir()
+    return True

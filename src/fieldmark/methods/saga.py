@@ -41,12 +41,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from fieldmark.data.batches import class_centroids, sample_pairs
 from fieldmark.errors import FieldmarkError
 from fieldmark.losses.attention import attention_alignment
 from fieldmark.losses.policy import group_advantages, policy_gradient_sum
+from fieldmark.methods.reporting import Witness, write_run_report
 from fieldmark.methods.run import (
     Task,
     TrainConfig,
@@ -61,6 +63,7 @@ from fieldmark.methods.run import (
     save_run,
 )
 from fieldmark.methods.trainer import FieldmarkTrainer, gradient_norms
+from fieldmark.students.pooling import TokenPooling
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher.compare import Domain, attribute_token_spans, compare_prompt, load_domain, parse_verdict
 from fieldmark.teacher.model import Prompt, Teacher, VisualTokens
@@ -142,12 +145,12 @@ class SagaTrainer(FieldmarkTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.teacher, self.domain, self.task, self.config = teacher, domain, task, config
-        self.tower: VisionTower = self.model[0]
-        self.pooler: nn.Module = self.model[1]
+        self.tower, self.pooler = tower_and_pooler(self.model)
+        self.photos: Any = self.train_dataset
         self.prompt: Prompt = teacher.prompt(compare_prompt(domain), 2, self.tower.tokens_per_image)
         depth = teacher.layers
         self.attention_layer = config.attention_layer if config.attention_layer is not None else depth * 26 // 36
-        self.trained = [p for p in (*self.model.parameters(), *self.loss.metric.parameters()) if p.requires_grad]
+        self.trained = [p for p in self.own_loss.parameters() if p.requires_grad]
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -172,14 +175,14 @@ class SagaTrainer(FieldmarkTrainer):
             if self._total(len(kept)) >= self.config.target_pairs:
                 break
         scale_gradients(self.trained, 1.0 / len(dml))
-        metric_norm = gradient_norms(self.model, self.loss).get("tower", 0.0)
+        metric_norm = gradient_norms(self.model, self.own_loss).get("tower", 0.0)
         metric_gradient = [None if p.grad is None else p.grad.clone() for p in self.tower.parameters()]
         started = time.perf_counter()
         lm, kl, tokens = self._phase_c(kept)
         replayed = time.perf_counter() - started
         self._reduce_gradients()
         self._note_health(tally, tokens, seconds, replayed, len(dml))
-        norms = gradient_norms(self.model, self.loss)
+        norms = gradient_norms(self.model, self.own_loss)
         lm_norm = difference_norm(list(self.tower.parameters()), metric_gradient)
         self.note(**{"grad_norm/tower_dml": metric_norm, "grad_norm/tower_lm": lm_norm})
         self.note(**{f"grad_norm/{name}": norm for name, norm in norms.items()})
@@ -195,7 +198,7 @@ class SagaTrainer(FieldmarkTrainer):
         """Embeds a micro-batch and back-propagates the metric loss into tower, pooler and proxies."""
         features, labels = self.collect_features(inputs)
         with self.compute_loss_context_manager():
-            loss = self.loss(features, labels)
+            loss = self.own_loss(features, labels)
         (self.config.lambda_dml * loss).backward()
         return loss.detach()
 
@@ -204,7 +207,7 @@ class SagaTrainer(FieldmarkTrainer):
         indices = self.batches.global_batch(step, stream=micro)
         size = len(indices) // self.args.world_size
         own = indices[self.args.process_index * size : (self.args.process_index + 1) * size]
-        return self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in own]))
+        return self._prepare_inputs(self.data_collator([self.photos[i] for i in own]))
 
     # -- phase B: rollouts, no gradient
     # -----------------------------------------------------------------------------------
@@ -274,7 +277,7 @@ class SagaTrainer(FieldmarkTrainer):
 
     def _visual(self, photos: list[int]) -> VisualTokens:
         """Tokens of the student's tower for training photos, [len(photos), N, D] with DeepStack."""
-        refs = [self.train_dataset[i]["photo"] for i in photos]
+        refs = [self.photos[i]["photo"] for i in photos]
         features = self._prepare_inputs(dict(self.tower.preprocess(refs)))
         with self.compute_loss_context_manager():
             out = self.tower(features)
@@ -283,7 +286,7 @@ class SagaTrainer(FieldmarkTrainer):
 
     def _centroids(self, batch: list[int], labels: list[int]) -> dict[Any, Any]:
         """Mean embedding of each class of the batch, for look-alike partners."""
-        refs = [self.train_dataset[i]["photo"] for i in batch]
+        refs = [self.photos[i]["photo"] for i in batch]
         self.model.eval()
         features = self.model(self._prepare_inputs(dict(self.tower.preprocess(refs))))
         self.model.train()
@@ -447,7 +450,8 @@ def train(config: SagaConfig) -> Path:
     # 1. Catalogue
     task = open_task(config)
     # 2. Teacher: frozen, and the domain whose prompt it answers
-    if config.teacher is None:
+    source = config.teacher
+    if source is None:
         raise FieldmarkError(
             "SAGA needs a teacher; name a multimodal LLM with --teacher (a folder or a hub id), or build one for your "
             "catalogue with `fieldmark build-teacher`."
@@ -455,14 +459,15 @@ def train(config: SagaConfig) -> Path:
     domain = choose_domain(config)
     if not domain.attributes:
         config = replace(config, lambda_kl=0.0)  # no named attributes, no tokens to align with (paper, section 4.3)
-    teacher = Teacher.load(config.teacher, dtype=getattr(torch, config.teacher_dtype))
+    teacher = Teacher.load(source, dtype=getattr(torch, config.teacher_dtype))
     check_settings(config, teacher, domain)
     out = check_folder(config)
     # 3. Student: its tower starts as the teacher's own
-    student = make_student(config, config.student or config.teacher)
-    check_tower(student[0], teacher, config)
+    student = make_student(config, config.student or source)
+    tower, _ = tower_and_pooler(student)
+    check_tower(tower, teacher)
     if config.freeze_deepstack:
-        freeze_deepstack(student[0])
+        freeze_deepstack(tower)
     # 4. Loss
     loss = make_loss(config, student, len(task.classes))
     # 5. The untrained student
@@ -487,7 +492,18 @@ def train(config: SagaConfig) -> Path:
     # 7. The trained student
     after = measure(student, task.test, config)
     # 8. Save: the teacher stays behind
-    save_run(out, student, {"method": "saga", "seed": config.seed, "before": before, "after": after}, started)
+    results = {"method": "saga", "seed": config.seed, "before": before.metrics, "after": after.metrics}
+    if save_run(out, student, results, started):
+        # 9. Report, with the teacher's words about the trained student's tokens
+        write_run_report(
+            {"SAGA": out},
+            task.test,
+            student,
+            after.embeddings,
+            out / "report.html",
+            title=f"SAGA on {config.data}",
+            witness=Witness(teacher, domain, trainer.attention_layer),
+        )
     return out
 
 
@@ -512,7 +528,7 @@ def check_settings(config: SagaConfig, teacher: Teacher, domain: Domain) -> None
         raise FieldmarkError("Mean pooling has no attention that a teacher could align; set --lambda_kl 0.")
 
 
-def check_tower(tower: VisionTower, teacher: Teacher, config: SagaConfig) -> None:
+def check_tower(tower: VisionTower, teacher: Teacher) -> None:
     """The teacher must understand the student's tokens: they have its width, and its tower made them."""
     if tower.token_dim != teacher.hidden_size:
         raise FieldmarkError(
@@ -520,6 +536,21 @@ def check_tower(tower: VisionTower, teacher: Teacher, config: SagaConfig) -> Non
             f"{teacher.hidden_size}; start the student from the teacher's own tower (leave --student out), "
             "or fit a projector first."
         )
+
+
+def tower_and_pooler(student: SentenceTransformer) -> tuple[VisionTower, TokenPooling]:
+    """The two modules of a student.
+
+    Raises:
+        FieldmarkError: it is made of others.
+    """
+    tower, pooler = student[0], student[1]
+    if not isinstance(tower, VisionTower) or not isinstance(pooler, TokenPooling):
+        raise FieldmarkError(
+            f"The student is made of {type(tower).__name__} and {type(pooler).__name__}; "
+            "SAGA needs a fieldmark tower and pooler."
+        )
+    return tower, pooler
 
 
 def freeze_deepstack(tower: VisionTower) -> None:

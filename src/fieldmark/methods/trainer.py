@@ -82,6 +82,7 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.batches = batches
+        self.own_loss: Any = self.loss
         self.health: dict[str, list[float]] = {}
         self._wait, self._last_log = 0.0, time.perf_counter()
         self.remove_callback(PrinterCallback)
@@ -90,7 +91,7 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
             self.add_callback(_JsonLines(log_path))
             self.add_callback(_Progress(description))
 
-    def get_batch_sampler(self, dataset: Any, **kwargs: Any) -> Any:
+    def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self.batches
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,21 +117,21 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.note(**{f"grad_norm/{name}": norm for name, norm in gradient_norms(self.model, self.loss).items()})
+        self.note(**{f"grad_norm/{name}": norm for name, norm in gradient_norms(self.model, self.own_loss).items()})
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.is_world_process_zero():
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            if state := loss_state(self.loss):
+            if state := loss_state(self.own_loss):
                 save_file(state, folder / LOSS_STATE)
             # Last of all, so that a checkpoint cut short by a kill is never resumed from.
             (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint)
-        restore_loss_state(self.loss, Path(resume_from_checkpoint) / LOSS_STATE)
+        restore_loss_state(self.own_loss, Path(resume_from_checkpoint) / LOSS_STATE)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

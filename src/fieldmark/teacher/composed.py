@@ -35,10 +35,10 @@ class ComposedModel(LlavaModel):
 
     config_class = ComposedConfig
 
-    def __init__(self, config: ComposedConfig) -> None:
+    def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = nn.Linear(config.feature_dim, config.text_config.hidden_size)
+        self.multi_modal_projector: Any = nn.Linear(config.feature_dim, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -46,7 +46,8 @@ class ComposedModel(LlavaModel):
         """[B, 3, R, R] -> `pooler_output`: one [h*w, D] tensor a photo."""
         features = self.vision_tower(pixel_values=pixel_values, do_pooling=False).last_hidden_state
         tokens = self.multi_modal_projector(features.flatten(2).transpose(1, 2))
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(tokens))
+        photos: Any = list(tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=photos)
 
 
 class ComposedForConditionalGeneration(LlavaForConditionalGeneration):
@@ -54,7 +55,7 @@ class ComposedForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = ComposedConfig
 
-    def __init__(self, config: ComposedConfig) -> None:
+    def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         self.model = ComposedModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -79,7 +80,7 @@ def make_composed(
         "vocab_size": len(tokenizer),
         "hidden_size": 256,
         "intermediate_size": 640,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
@@ -89,11 +90,12 @@ def make_composed(
         "eos_token_id": tokenizer.eos_token_id,
         **(text or {}),
     }
+    image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = ComposedConfig(
         vision_config=tower.encoder.config,
         text_config=Qwen3Config(**text_config),
         feature_dim=tower.encoder.token_dim,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=image_token,
         image_seq_length=tower.tokens_per_image,
         vision_feature_select_strategy="full",
         tie_word_embeddings=True,

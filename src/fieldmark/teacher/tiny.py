@@ -73,7 +73,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTo
 def make_processor(tokenizer: PreTrainedTokenizerFast, resolution: int = 224) -> Qwen3VLProcessor:
     """The Qwen3-VL processor around `tokenizer`, its pixel limits set so that `resolution` is kept as it is."""
     pixels = {"shortest_edge": 32 * 32, "longest_edge": 4 * resolution * resolution}
-    vision = {
+    vision: dict[str, Any] = {
         "patch_size": 16,
         "temporal_patch_size": 2,
         "merge_size": 2,
@@ -127,13 +127,14 @@ def make_model(
         "out_hidden_size": text_config["hidden_size"],
         **(vision or {}),
     }
+    ids: Any = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config=text_config,
         vision_config=vision_config,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,
     )
     model = Qwen3VLForConditionalGeneration(config)
