@@ -9,7 +9,8 @@ process, so that its peak memory is its own; on a busy machine `--threads 1` and
 - replay, shared: `fieldmark.teacher.prefix.replay`.
 - replay, a batch of G: the stock language model on G sequences of 900 tokens (SDPA, logits at completions only).
 - replay, one by one: the same, a sequence at a time.
-- step, shared: `rollout`, then `replay` with attention targets of one layer.
+- step, shared: `rollout`, then `replay` with attention targets of one layer; keeps all activations, as the plain loop.
+- step, shared, checkpointed: the same with the layers' activations computed again in the backward pass.
 - step, plain loop: `generate(num_return_sequences=G)`, then each sequence with `output_attentions=True`.
 """
 
@@ -45,6 +46,7 @@ ROWS = {
     "replay_batch": "replay, a batch of G",
     "replay_single": "replay, one by one",
     "step_shared": "step, shared prefix",
+    "step_checkpointed": "step, shared prefix, checkpointed",
     "step_plain": "step, plain loop",
 }
 
@@ -162,6 +164,14 @@ def replay_single(teacher: Teacher, checkpoint: bool) -> None:
 
 
 def step_shared(teacher: Teacher, checkpoint: bool) -> None:
+    _step(teacher, checkpoint=False)
+
+
+def step_checkpointed(teacher: Teacher, checkpoint: bool) -> None:
+    _step(teacher, checkpoint=True)
+
+
+def _step(teacher: Teacher, checkpoint: bool) -> None:
     prompt, visual, _, _ = make_inputs(teacher)
     generator = torch.Generator().manual_seed(0)
     samples = rollout(
@@ -296,7 +306,7 @@ def main() -> None:
     parser.add_argument("--size", choices=[*SIZES, "both"], default="tiny")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no_checkpoint", action="store_true", help="keep all activations in every row")
+    parser.add_argument("--no_checkpoint", action="store_true", help="keep all activations in the replay rows")
     parser.add_argument("--out", type=Path, help="also write the results as JSON")
     parser.add_argument("--worker", choices=list(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()

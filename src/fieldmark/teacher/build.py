@@ -6,7 +6,8 @@
    and a small language model (`composed`).
 4. The tower learns to read attributes; a pre-trained one stays as it is and its projector is fitted (`reading`).
 5. The language model learns to say them and to give a verdict (`speaking`).
-6. An examination on classes it has never seen (`examine`), a card, safetensors in bf16.
+6. An examination on classes it has never seen (`examine`), a card, safetensors (bf16; float32 with a pre-trained tower,
+   whose batch statistics bf16 would round).
 
 A killed build goes on where the last finished stage ended (`--resume true`).
 """
@@ -51,7 +52,8 @@ class BuildConfig:
         tower_batch: photos a step.
         tower_learning_rate: its peak.
         language_steps: optimizer steps of the language model.
-        language_batch: pairs a step.
+        language_batch: pairs of photos a step.
+        language_drills: comparisons of made-up items a step.
         language_learning_rate: its peak.
         views: mirrored and shifted views kept of each photo for the language stage.
         max_photos: photos of the teacher part that are used for the language stage, spread over the classes.
@@ -65,14 +67,15 @@ class BuildConfig:
     data: str
     out: str
     tower: str | None = None
-    tower_steps: int = 250
+    tower_steps: int = 300
     tower_batch: int = 48
     tower_learning_rate: float = 1.5e-3
-    language_steps: int = 1000
-    language_batch: int = 16
+    language_steps: int = 2000
+    language_batch: int = 10
+    language_drills: int = 24
     language_learning_rate: float = 1e-3
     views: int = 1
-    max_photos: int = 6000
+    max_photos: int = 7200
     resolution: int = 224
     exam_pairs: int = 128
     workers: int = 1
@@ -119,7 +122,7 @@ def build_teacher(config: BuildConfig) -> Path:
         lambda: _teach_language(config, teacher, domain, bank),
     )
     # 6. Examination, card, weights
-    teacher = save_teacher(teacher, out)
+    teacher = save_teacher(teacher, out, torch.bfloat16 if config.tower is None else torch.float32)
     results = _examine_unseen(config, teacher, tower, domain)
     write_card(out, config, domain, teacher, results, minutes=(time.time() - started) / 60)
     return out
@@ -174,9 +177,9 @@ def put_tower(teacher: Teacher, tower: VisionTower) -> None:
             body.multi_modal_projector.load_state_dict(tower.projector.state_dict())
 
 
-def save_teacher(teacher: Teacher, out: Path) -> Teacher:
-    """Writes the weights in bf16 and returns the teacher as anyone will load it, rounding included."""
-    teacher.model.to(torch.bfloat16)
+def save_teacher(teacher: Teacher, out: Path, dtype: torch.dtype) -> Teacher:
+    """Writes the weights and returns the teacher as anyone will load it, rounding included."""
+    teacher.model.to(dtype)
     _save(teacher, out)
     return Teacher.load(out)
 
@@ -216,6 +219,7 @@ def _teach_language(config: BuildConfig, teacher: Teacher, domain: Domain, bank:
             bank,
             steps=config.language_steps,
             batch_size=config.language_batch,
+            drills=config.language_drills,
             learning_rate=config.language_learning_rate,
             seed=config.seed,
             progress=progress,

@@ -100,6 +100,8 @@ class Teacher:
         Raises:
             FieldmarkError: when it is not there, is not an image-text model, or has an unknown structure.
         """
+        import fieldmark.teacher.composed  # noqa: F401  (its model type is known to transformers from here on)
+
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 str(id_or_path), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False

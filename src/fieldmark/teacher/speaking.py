@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,13 +82,31 @@ def ideal_answer(domain: Domain, bank: PhotoBank, pair: tuple[int, int, bool]) -
     return answer_json(domain, first, second, pair[2])
 
 
-def answer_loss(teacher: Teacher, prompt: Prompt, visual: VisualTokens, ids: Tensor, mask: Tensor) -> Tensor:
+def drill(domain: Domain, bank: PhotoBank, rng: np.random.Generator) -> str:
+    """An ideal answer about two made-up items, half of them equal, most others one attribute apart: comparing, without photos.
+
+    The words of an answer are learned from photos soon, the comparison of what was said is not: a teacher that described
+    58 of 59 differing marks rightly still called 43 of 58 look-alikes the same species.
+    """
+    first = bank.attributes[rng.integers(len(bank.attributes))]
+    second = dict(first)
+    changes = 0 if rng.random() < 0.5 else 1 if rng.random() < 0.7 else int(rng.integers(2, len(first) + 1))
+    for name in rng.permutation(list(first))[:changes]:
+        values = sorted({row[name] for row in bank.attributes if row.get(name) not in (None, first[name])})
+        if values:
+            second[name] = values[rng.integers(len(values))]
+    return answer_json(domain, first, second, first == second)
+
+
+def answer_loss(
+    teacher: Teacher, prompt: Prompt, visual: VisualTokens | None, ids: Tensor, mask: Tensor
+) -> Tensor:
     """Mean cross-entropy of the answers' tokens.
 
     Args:
         teacher: its language model and head are trained here.
         prompt: the prompt of one pair.
-        visual: [pairs * images, N, D], pair-major.
+        visual: [pairs * images, N, D], pair-major; None for a prompt without photos.
         ids: [pairs, T] answers, right-padded.
         mask: [pairs, T] true at answer tokens.
     """
@@ -95,12 +114,13 @@ def answer_loss(teacher: Teacher, prompt: Prompt, visual: VisualTokens, ids: Ten
     pairs, length = len(ids), len(prompt.input_ids)
     embed = model.get_input_embeddings()
     text = embed(prompt.input_ids).expand(pairs, -1, -1)
-    text = text.index_copy(1, slots.flatten(), visual.tokens.reshape(pairs, -1, visual.tokens.shape[-1]))
+    if visual is not None:
+        text = text.index_copy(1, slots.flatten(), visual.tokens.reshape(pairs, -1, visual.tokens.shape[-1]))
     embeds = torch.cat([text, embed(ids[:, :-1])], dim=1)
     behind = prompt.next_position + torch.arange(ids.shape[1] - 1)
     positions = torch.cat([prompt.position_ids, behind.expand(len(prompt.position_ids), -1)], dim=1)
     extra = {}
-    if visual.deepstack:
+    if visual is not None and visual.deepstack:
         where = torch.zeros(pairs, embeds.shape[1], dtype=torch.bool)
         where[:, slots.flatten()] = True
         extra = {"visual_pos_masks": where, "deepstack_visual_embeds": [d.flatten(0, 1) for d in visual.deepstack]}
@@ -110,21 +130,42 @@ def answer_loss(teacher: Teacher, prompt: Prompt, visual: VisualTokens, ids: Ten
     return F.cross_entropy(logits.float(), ids[mask])
 
 
+def encode_answers(tokenizer: Any, answers: Sequence[str], *, comparison_only: bool) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T], right-padded and ended, and a mask of what is learned: everything, or from the differences on."""
+    encoded = tokenizer(list(answers), return_offsets_mapping=True)
+    rows, masks = [], []
+    for answer, ids, spans in zip(answers, encoded.input_ids, encoded.offset_mapping, strict=True):
+        first = answer.index('"differences"') + 1 if comparison_only else 0
+        rows.append([*ids, tokenizer.eos_token_id])
+        masks.append([*(start >= first for start, _ in spans), True])
+    width = max(map(len, rows))
+    padding = [width - len(row) for row in rows]
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * n for row, n in zip(rows, padding, strict=True)])
+    return ids, torch.tensor([mask + [False] * n for mask, n in zip(masks, padding, strict=True)])
+
+
 def train_language(
     teacher: Teacher,
     domain: Domain,
     bank: PhotoBank,
     *,
     steps: int,
-    batch_size: int = 16,
+    batch_size: int = 10,
+    drills: int = 24,
     learning_rate: float = 1e-3,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Fine-tunes the teacher's language model (and tied head) in place on ideal answers about pairs of the bank."""
-    drawer = PairDrawer(bank, np.random.default_rng(seed))
+    """Fine-tunes the teacher's language model (and tied head) in place.
+
+    Each step learns `batch_size` ideal answers about pairs of the bank's photos, and the comparison in `drills` answers
+    about made-up items.
+    """
+    rng = np.random.default_rng(seed)
+    drawer = PairDrawer(bank, rng)
     tokenizer = teacher.tokenizer
     prompt = teacher.prompt(compare_prompt(domain), 2, bank.tokens.shape[2])
+    without_photos = teacher.prompt(compare_prompt(domain), 0, bank.tokens.shape[2])
     parameters = [*{id(p): p for m in (teacher.language_model, teacher.lm_head) for p in m.parameters()}.values()]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -133,12 +174,13 @@ def train_language(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
     for step in range(steps):
         pairs = [drawer.draw() for _ in range(batch_size)]
-        answers = [[*tokenizer(ideal_answer(domain, bank, p)).input_ids, tokenizer.eos_token_id] for p in pairs]
-        width = max(map(len, answers))
-        ids = torch.tensor([a + [tokenizer.pad_token_id] * (width - len(a)) for a in answers])
-        mask = torch.arange(width) < torch.tensor([len(a) for a in answers])[:, None]
+        ids, mask = encode_answers(tokenizer, [ideal_answer(domain, bank, p) for p in pairs], comparison_only=False)
         visual = bank.visual([photo for pair in pairs for photo in pair[:2]])
         loss = answer_loss(teacher, prompt, visual, ids, mask)
+        if drills:
+            made_up = [drill(domain, bank, rng) for _ in range(drills)]
+            ids, mask = encode_answers(tokenizer, made_up, comparison_only=True)
+            loss = loss + answer_loss(teacher, without_photos, None, ids, mask)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
