@@ -48,8 +48,10 @@ def house(tmp_path_factory) -> Path:
         colour = rng.integers(0, 256, 3)
         (root / "photos" / f"class{number}").mkdir(parents=True)
         for photo in range(PHOTOS):
-            pixels = np.clip(colour + rng.integers(-20, 20, (40, 60, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / "photos" / f"class{number}" / f"{photo}.png")
+            pixels = colour + rng.integers(-90, 90, 3) + rng.integers(-20, 20, (40, 60, 3))
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(
+                root / "photos" / f"class{number}" / f"{photo}.png"
+            )
     make_tiny_teacher("qwen3_vl", root / "teacher")
     build_student(root / "teacher", resolution=64).save_pretrained(str(root / "student"), create_model_card=False)
     assert cli.main(train_arguments(root, "run")) == 0
@@ -161,7 +163,7 @@ def test_config_file_errors(capsys, tmp_path, text, expected):
     assert expected in fails(capsys, ["train", "metric", "--data", "d", "--out", "o", "--config", str(file)])
 
 
-def test_broken_inputs(capsys, house, tmp_path):
+def test_broken_inputs(capsys, monkeypatch, house, tmp_path):
     photos, student = str(house / "photos"), str(house / "student")
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
@@ -171,8 +173,11 @@ def test_broken_inputs(capsys, house, tmp_path):
         for photo in range(2):
             (bad / name / f"{photo}.jpg").write_bytes(b"no photo")
     run = str(tmp_path / "run")
+    monkeypatch.chdir(Path(__file__).parents[1])
     cases = [
-        (["evaluate", str(tmp_path / "none"), "--data", photos], "is not a model folder"),
+        (["evaluate", str(tmp_path / "none"), "--data", photos], "none does not exist; give a run folder"),
+        (["evaluate", "tests/none", "--data", photos], "The model tests/none does not exist"),
+        (["evaluate", "none", "--data", photos], "The model none does not exist"),
         (["evaluate", str(tmp_path / "empty"), "--data", photos], "holds no config.json"),
         (["evaluate", str(house / "teacher"), "--data", photos], "is not a trained student"),
         (["evaluate", str(tmp_path / "unfinished"), "--data", photos], "its training has not ended"),
@@ -292,6 +297,7 @@ def test_evaluate_prints_one_json_object_or_a_table(capsys, house):
     assert cli.main(["evaluate", str(house / "run"), *data, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
+    assert 0 < found["map@r"] < 1, "photos too easy or too hard to tell anything"
     assert err == ""
     after = json.loads((house / "run" / "metrics.json").read_text(encoding="utf-8"))["after"]
     assert {key: found[key] for key in after} == pytest.approx(after, abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,7 +87,9 @@ def test_generic_prompt_has_no_expert_no_list_and_three_keys():
     assert not any(key in prompt for key in (*domain.item_keys, "confidence"))
     answer = json.loads(answer_json(domain, RED, BLUE, False))
     assert list(answer) == ["differences", "reasoning", "same_kind"]
-    assert answer["differences"] == "crown"
+    assert answer["differences"] == "bill shape no, crown yes, breast no"
+    full = replace(BIRD, style="full")
+    assert json.loads(answer_json(full, RED, BLUE, False))["differences"] == "crown"
 
 
 def test_domain_for_attributes():
@@ -146,10 +149,12 @@ def test_answer_has_the_paper_s_key_order_and_regular_values():
     assert list(answer) == ["bird_1", "bird_2", "differences", "confidence", "reasoning", "same_species"]
     assert answer["bird_1"] == RED
     assert list(answer["bird_2"]) == list(BIRD.attributes)
-    assert answer["differences"] == "crown"
+    assert answer["differences"] == "bill shape no, crown yes, breast no"
+    full = replace(BIRD, style="full")
+    assert json.loads(answer_json(full, RED, BLUE, False))["differences"] == "crown"
     assert answer["same_species"] == "no"
     assert "rød" in text
-    assert json.loads(answer_json(BIRD, RED, RED, True))["differences"] == "none"
+    assert json.loads(answer_json(full, RED, RED, True))["differences"] == "none"
     assert json.loads(answer_json(BIRD, RED, {"breast": "plain", "crown": None}, True))["bird_2"] == {"breast": "plain"}
     with pytest.raises(FieldmarkError, match="domain_for_attributes"):
         answer_json(BIRD, {"heel": "flat"}, RED, False)

@@ -23,12 +23,13 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout: the first column to the left, the others to the right."""
-    table = Table(title=title, title_justify="left", show_header=any(columns))
+    """A line and a table on stdout: the first column to the left, the others to the right."""
+    table = Table(show_header=any(columns))
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
+    console().print(title, markup=False, highlight=False, soft_wrap=True)
     console().print(table, markup=False)
 
 
@@ -57,6 +58,7 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     huggingface_hub.utils.enable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

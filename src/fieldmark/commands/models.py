@@ -26,4 +26,9 @@ def load_model(name: str) -> SentenceTransformer:
         raise FieldmarkError(
             f"{name} is a run without a model: its training has not ended; go on with it by --resume true."
         )
+    # A mistyped path must not become a question to the hub.
+    if not folder.exists() and (name.count("/") != 1 or folder.parent.is_dir()):
+        raise FieldmarkError(
+            f"The model {name} does not exist; give a run folder, a model folder or a hub id (OWNER/NAME)."
+        )
     return load_student(name)

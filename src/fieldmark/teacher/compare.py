@@ -119,7 +119,8 @@ def answer_json(domain: Domain, attrs_1: Mapping[str, Any], attrs_2: Mapping[str
     """The ideal answer for two items whose attributes are known: what a small teacher is trained to say.
 
     Keys in the order of the prompt: item 1, item 2, differences, confidence, reasoning, verdict. Attributes that are
-    None or missing are left out of a description and never counted as a difference.
+    None or missing are left out of a description and never counted as a difference. The differences are the names that
+    differ or "none"; in the short style every name with yes (it differs) or no.
 
     Raises:
         FieldmarkError: one of the items has none of the domain's attributes.
@@ -134,6 +135,9 @@ def answer_json(domain: Domain, attrs_1: Mapping[str, Any], attrs_2: Mapping[str
     differing = [name for name in names if name in known[0] and name in known[1] and known[0][name] != known[1][name]]
     answer: dict[str, Any] = dict(zip(domain.item_keys, known)) if domain.attributes else {}
     answer["differences"] = ", ".join(differing) or "none"
+    if domain.style == "short" and domain.attributes:
+        # One attribute after the other: a small model compares two words at a time, not two lists at a glance.
+        answer["differences"] = ", ".join(f"{name} {'yes' if name in differing else 'no'}" for name in names)
     if domain.attributes:
         answer["confidence"] = _confidence(len(differing), same)
     answer["reasoning"] = _reasoning(bool(differing), same)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.compare import Domain, answer_json, compare_prompt
 from fieldmark.teacher.model import Prompt, Teacher, VisualTokens
 from fieldmark.teacher.reading import warm_cosine
@@ -51,6 +52,11 @@ class PairDrawer:
         self.rng, self.share = rng, lookalikes
         self.photos = [np.flatnonzero(bank.classes == c) for c in range(len(bank.attributes))]
         self.classes = np.array([c for c, photos in enumerate(self.photos) if len(photos) >= 2])
+        if len(self.classes) < 2:
+            raise FieldmarkError(
+                f"{len(self.classes)} of {len(self.photos)} classes have two photos to pair; expected 2 or more, "
+                "raise max_photos or add photos."
+            )
         self.near = nearest_classes(bank.attributes)
 
     def draw(self) -> tuple[int, int, bool]:
