@@ -24,6 +24,7 @@ class JobProgress:
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self.description, self.total, self.first = description, total, done
         self.started = self.said = time.monotonic()
+        self.printed = -1
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if console.is_terminal:
@@ -46,9 +47,9 @@ class JobProgress:
             self.bar.update(self.task, completed=done, description=text)
             return
         now = time.monotonic()
-        if done < self.total and now - self.said < SECONDS_BETWEEN_LINES:
+        if done == self.printed or (done < self.total and now - self.said < SECONDS_BETWEEN_LINES):
             return
-        self.said = now
+        self.said, self.printed = now, done
         left = (now - self.started) / max(done - self.first, 1) * (self.total - done)
         print(f"{text}  {done}/{self.total}  {_clock(now - self.started)}, left {_clock(left)}", file=sys.stderr)
 

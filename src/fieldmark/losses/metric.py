@@ -119,11 +119,14 @@ def build_metric_loss(name: str, num_classes: int, embedding_dim: int, **options
     """A metric loss by name: ``loss(embeddings [B,D], labels [B]) -> scalar``; proxies, if any, are its parameters.
 
     Raises:
-        FieldmarkError: unknown name.
+        FieldmarkError: unknown name or option.
     """
     if name not in METRIC_LOSSES:
         raise FieldmarkError(f"Unknown metric loss {name!r}; choose one of {', '.join(METRIC_LOSSES)}.")
-    return METRIC_LOSSES[name](num_classes, embedding_dim, **options)
+    try:
+        return METRIC_LOSSES[name](num_classes, embedding_dim, **options)
+    except TypeError as error:
+        raise FieldmarkError(f"{name} does not take these loss_options: {error}; see docs/papers.md.") from error
 
 
 class MetricLoss(nn.Module):

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fieldmark.data.catalog import load_catalog, select_split
 from fieldmark.evaluation.student import embed_catalog
+from fieldmark.errors import FieldmarkError
 from fieldmark.methods import metric, saga
 from fieldmark.methods.reporting import SHOWN, Witness, write_run_report
 from fieldmark.students.build import load_student
@@ -48,6 +49,8 @@ def embedded_teacher() -> Path:
 def quickstart(config: QuickstartConfig) -> Path:
     """Trains control and SAGA, prints the table, writes `report.html`; returns the report's path."""
     out = Path(config.out)
+    if out.exists():
+        raise FieldmarkError(f"--out {out} exists already; give another folder, or remove it.")
     teacher = str(embedded_teacher())
     shared = {
         "data": config.data,

@@ -14,14 +14,13 @@ from typing import Any, Literal
 import datasets
 import torch
 import yaml
-from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 
 from fieldmark.data.catalog import load_catalog, select_split
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.student import Evaluation, evaluate_student
 from fieldmark.losses.metric import MetricLoss, build_metric_loss
-from fieldmark.methods.trainer import ClassBalancedSteps, last_checkpoint, training_arguments
+from fieldmark.methods.trainer import ClassBalancedSteps, last_checkpoint, this_process, training_arguments
 from fieldmark.students.build import build_student
 
 
@@ -81,6 +80,17 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuses numbers that no run could have."""
+        positive = ("classes_per_batch", "items_per_class", "learning_rate", "pooler_learning_rate", "epochs")
+        for name in (*positive, "max_steps", "proxy_learning_rate", "eval_batch_size", "resolution"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise FieldmarkError(f"{name} is {value}; give a number above 0.")
+        for name in ("weight_decay", "save_steps", "workers", "max_grad_norm", "warmup"):
+            if getattr(self, name) < 0:
+                raise FieldmarkError(f"{name} is {getattr(self, name)}; give 0 or more.")
+
 
 @dataclass
 class Task:
@@ -115,7 +125,7 @@ def open_task(config: TrainConfig) -> Task:
 def check_folder(config: TrainConfig) -> Path:
     """Makes the run folder and writes its `config.yaml`; a folder with a finished or other run is refused."""
     out = Path(config.out)
-    processes = PartialState()
+    processes = this_process()
     if processes.is_main_process:
         _prepare_folder(config, out)
     processes.wait_for_everyone()
@@ -133,7 +143,8 @@ def _prepare_folder(config: TrainConfig, out: Path) -> None:
 
 
 def make_student(config: TrainConfig, source: str) -> SentenceTransformer:
-    """The student at the start of training."""
+    """The student at the start of training; a new pooler is drawn from the run's seed."""
+    torch.manual_seed(config.seed)
     return build_student(
         source, pooling=config.pooling, embedding_dim=config.embedding_dim, resolution=config.resolution
     )
@@ -149,7 +160,7 @@ def make_loss(config: TrainConfig, student: SentenceTransformer, num_classes: in
 
 def make_batches(config: TrainConfig, labels: Sequence[int]) -> ClassBalancedSteps:
     """The run's class-balanced batches; with fewer classes than asked for, all of them."""
-    world_size = PartialState().num_processes
+    world_size = this_process().num_processes
     classes = min(config.classes_per_batch, len(set(labels)))
     size = classes * config.items_per_class
     if size % world_size:
@@ -165,7 +176,9 @@ def make_batches(config: TrainConfig, labels: Sequence[int]) -> ClassBalancedSte
 
 def make_arguments(config: TrainConfig, out: Path, batches: ClassBalancedSteps, loss: MetricLoss) -> Any:
     """Learning rates per part: the pooler's, the proxies', and the tower's for all else."""
-    rates = {r"^model\.1\.": config.pooler_learning_rate}
+    rates = {}
+    if any(name.startswith("model.1.") for name, _ in loss.named_parameters()):
+        rates[r"^model\.1\."] = config.pooler_learning_rate
     if any(True for _ in loss.metric.parameters()):
         rates[r"^metric\."] = config.proxy_learning_rate or 100 * config.learning_rate
     return training_arguments(
@@ -187,7 +200,7 @@ def make_arguments(config: TrainConfig, out: Path, batches: ClassBalancedSteps, 
 def checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
     """The checkpoint a resumed run starts from (none: from the beginning), the log cut back to its step."""
     found = last_checkpoint(out / "checkpoints") if config.resume else None
-    if not PartialState().is_main_process:
+    if not this_process().is_main_process:
         return str(found) if found else None
     step = int(found.name.rpartition("-")[2]) if found else 0
     log = out / "log.jsonl"
@@ -205,7 +218,7 @@ def measure(student: SentenceTransformer, test: datasets.Dataset, config: TrainC
 def save_run(out: Path, student: SentenceTransformer, metrics: dict[str, Any], started: float) -> bool:
     """Writes `model/` and `metrics.json` (metrics before and after, seconds, peak memory); checkpoints go when it is
     whole."""
-    if not PartialState().is_main_process:
+    if not this_process().is_main_process:
         return False
     student.save_pretrained(str(out / "model"), create_model_card=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2

@@ -37,7 +37,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -115,7 +115,7 @@ class SagaConfig(TrainConfig):
     attention_layer: int | None = None
     freeze_deepstack: bool = False
     checkpoint_activations: bool = True
-    teacher_dtype: str = "float32"
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 SagaConfig.__doc__ = f"{TrainConfig.__doc__}\n{SagaConfig.__doc__}"
@@ -123,8 +123,9 @@ SagaConfig.__doc__ = f"{TrainConfig.__doc__}\n{SagaConfig.__doc__}"
 
 @dataclass
 class Kept:
-    """One pair in the buffer: two photos, its rollouts and what they earned."""
+    """One pair in the buffer: its number among the step's candidates, two photos, its rollouts and what they earned."""
 
+    number: int
     photos: tuple[int, int]
     ids: Tensor
     mask: Tensor
@@ -262,6 +263,7 @@ class SagaTrainer(FieldmarkTrainer):
         mixed = advantages.ne(0).any(1).cpu()
         return [
             Kept(
+                number=micro * config.pairs_per_batch + mine[row][0],
                 photos=(photos[2 * row], photos[2 * row + 1]),
                 ids=rollouts.ids[row],
                 mask=rollouts.mask[row],
@@ -298,11 +300,11 @@ class SagaTrainer(FieldmarkTrainer):
     def _phase_c(self, kept: list[Kept]) -> tuple[float, float, int]:
         """Back-propagates policy gradient (into the tower) and attention alignment (into the pooler), pair by pair."""
         config = self.config
-        kept = kept[: self._share(len(kept))]
+        kept = self._first_of_all(kept)
         tokens = self._total(sum(int(pair.mask.sum()) for pair in kept))
         right = self._total(sum(int(pair.rewards.sum()) for pair in kept))
-        if not kept or tokens == 0:
-            return self._total(0.0), self._total(0.0), 0
+        if not kept:
+            return self._total(0.0), self._total(0.0), tokens
         visual = self._visual([i for pair in kept for i in pair.photos])
         # The tower runs once for all pairs; the replays leave their gradients on these leaves.
         leaves = [t.detach().requires_grad_() for t in (visual.tokens, *visual.deepstack)]
@@ -373,14 +375,15 @@ class SagaTrainer(FieldmarkTrainer):
         dist.all_reduce(tensor)
         return type(value)(tensor.item())
 
-    def _share(self, have: int) -> int:
-        """How many of its kept pairs this process may use, so that together they are at most K (lower ranks first)."""
-        if self.args.world_size == 1:
-            return min(have, self.config.target_pairs)
-        counts = [torch.zeros(1, dtype=torch.long, device=self.args.device) for _ in range(self.args.world_size)]
-        dist.all_gather(counts, torch.tensor([have], device=self.args.device))
-        before = sum(int(count) for count in counts[: self.args.process_index])
-        return max(0, min(have, self.config.target_pairs - before))
+    def _first_of_all(self, kept: list[Kept]) -> list[Kept]:
+        """Those of this process's pairs that are among the first K of all processes' pairs."""
+        numbers = [pair.number for pair in kept]
+        if self.args.world_size > 1:
+            everyone: list[Any] = [None] * self.args.world_size
+            dist.all_gather_object(everyone, numbers)
+            numbers = [number for part in everyone for number in part]
+        chosen = set(sorted(numbers)[: self.config.target_pairs])
+        return [pair for pair in kept if pair.number in chosen]
 
     def _reduce_gradients(self) -> None:
         """Averages every trained parameter's gradient over processes."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
@@ -134,6 +135,11 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
         restore_loss_state(self.own_loss, Path(resume_from_checkpoint) / LOSS_STATE)
 
 
+def this_process() -> PartialState:
+    """Rank and number of processes; without an accelerator they talk through the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
@@ -246,6 +252,7 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_drop_last=True,
         ddp_find_unused_parameters=True,
+        use_cpu=not torch.accelerator.is_available(),
         disable_tqdm=True,
         report_to="none",
     )

@@ -89,10 +89,11 @@ def ideal_answer(domain: Domain, bank: PhotoBank, pair: tuple[int, int, bool]) -
 
 
 def drill(domain: Domain, bank: PhotoBank, rng: np.random.Generator) -> str:
-    """An ideal answer about two made-up items, half of them equal, most others one attribute apart: comparing, without photos.
+    """An ideal answer about two made-up items, half of them equal, most others one attribute apart: comparing,
+    without photos.
 
-    The words of an answer are learned from photos soon, the comparison of what was said is not: a teacher that described
-    58 of 59 differing marks rightly still called 43 of 58 look-alikes the same species.
+    The words of an answer are learned from photos soon, the comparison of what was said is not: a teacher that
+    described 58 of 59 differing marks rightly still called 43 of 58 look-alikes the same species.
     """
     first = bank.attributes[rng.integers(len(bank.attributes))]
     second = dict(first)
@@ -104,9 +105,7 @@ def drill(domain: Domain, bank: PhotoBank, rng: np.random.Generator) -> str:
     return answer_json(domain, first, second, first == second)
 
 
-def answer_loss(
-    teacher: Teacher, prompt: Prompt, visual: VisualTokens | None, ids: Tensor, mask: Tensor
-) -> Tensor:
+def answer_loss(teacher: Teacher, prompt: Prompt, visual: VisualTokens | None, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy of the answers' tokens.
 
     Args:
@@ -137,7 +136,8 @@ def answer_loss(
 
 
 def encode_answers(tokenizer: Any, answers: Sequence[str], *, comparison_only: bool) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T], right-padded and ended, and a mask of what is learned: everything, or from the differences on."""
+    """Token ids [B, T], right-padded and ended, and a mask of what is learned: everything, or from the differences
+    on."""
     encoded = tokenizer(list(answers), return_offsets_mapping=True)
     rows, masks = [], []
     for answer, ids, spans in zip(answers, encoded.input_ids, encoded.offset_mapping, strict=True):
