@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fieldmark.data.catalog import load_catalog, select_split
-from fieldmark.evaluation.student import embed_catalog
 from fieldmark.errors import FieldmarkError
+from fieldmark.evaluation.student import embed_catalog
 from fieldmark.methods import metric, saga
 from fieldmark.methods.reporting import SHOWN, Witness, write_run_report
 from fieldmark.students.build import load_student

@@ -182,7 +182,8 @@ class VisionTower(InputModule):
         if card.usage_examples is None:
             card.usage_examples = [Image.new("RGB", (32, 32), name) for name in ("teal", "peru", "olive")]
         model.preprocess = self.preprocess  # type: ignore[method-assign]
-        model.model_card_data.generate_widget_examples = False  # they would be texts
+        card: Any = model.model_card_data
+        card.generate_widget_examples = False  # they would be texts
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Photos as numbers.
