@@ -181,9 +181,8 @@ class VisionTower(InputModule):
         card: Any = model.model_card_data
         if card.usage_examples is None:
             card.usage_examples = [Image.new("RGB", (32, 32), name) for name in ("teal", "peru", "olive")]
-        model.preprocess = self.preprocess  # type: ignore[method-assign]
-        card: Any = model.model_card_data
         card.generate_widget_examples = False  # they would be texts
+        model.preprocess = self.preprocess  # type: ignore[method-assign]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Photos as numbers.
