@@ -57,8 +57,6 @@ def quickstart(config: QuickstartConfig) -> Path:
         "max_steps": config.max_steps,
         "seed": config.seed,
         "loss": "proxy_anchor",
-        "learning_rate": 1e-4,
-        "pooler_learning_rate": 5e-4,
         "classes_per_batch": 12,
         "items_per_class": 4,
     }
