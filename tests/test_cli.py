@@ -26,6 +26,7 @@ from fieldmark.commands.train import how_to_resume
 from fieldmark.errors import FieldmarkError
 from fieldmark.methods import metric
 from fieldmark.students.build import build_student, load_student
+from helpers_cli import fails
 from helpers_tiny import make_tiny_teacher
 
 CLASSES, PHOTOS = 8, 4
@@ -61,18 +62,6 @@ def house(tmp_path_factory) -> Path:
 def train_arguments(house: Path, out: str, *more: str) -> list[str]:
     where = ["--data", str(house / "photos"), "--student", str(house / "teacher"), "--out", str(house / out)]
     return ["train", "metric", *where, *METRIC, *more]
-
-
-def fails(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) -> str:
-    """Runs a command that must end with `code`; returns its one sentence."""
-    capsys.readouterr()
-    assert cli.main(argv) == code
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert out == ""
-    assert len(lines) == 1, err
-    assert lines[0].startswith("fieldmark: ")
-    return lines[0]
 
 
 # -- names and help

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.methods import saga
 from fieldmark.methods.quickstart import embedded_teacher
-from fieldmark.methods.run import Task
 from fieldmark.methods.saga import SagaConfig
 from fieldmark.students.build import build_student
 from fieldmark.teacher.model import Teacher
+from helpers_training import few, killed_at, log_of, train_in_two_processes, weights_of
 
 SMALL = {
     "data": "aviary:4",
@@ -44,25 +40,8 @@ def few_photos(monkeypatch):
     monkeypatch.setattr(saga, "open_task", lambda config: few(full(config)))
 
 
-def few(task: Task) -> Task:
-    return replace(task, test=task.test.select(range(8)))
-
-
 def train(out: Path, **changes) -> Path:
     return saga.train(SagaConfig(out=str(out), **{**SMALL, **changes}))
-
-
-def log_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line]
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    """Tower and pooler as they were saved."""
-    found = {}
-    for path in sorted((out / "model").rglob("*.safetensors")):
-        found |= {f"{path.parent.name}/{name}": value for name, value in load_file(path).items()}
-    assert {name.partition("/")[0] for name in found} == {"model", "1_AttentionPooling"}
-    return found
 
 
 @pytest.fixture
@@ -125,23 +104,10 @@ def test_policy_gradient_moves_the_tower_only(tmp_path, few_photos, watched):
     assert moved == tower
 
 
-def test_a_killed_run_resumes_to_the_same_losses(tmp_path, few_photos, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_losses(tmp_path, few_photos):
     whole = train(tmp_path / "whole", max_steps=4, save_steps=2)
-
-    class Killed(Exception):
-        pass
-
-    step = saga.SagaTrainer.training_step
-
-    def dying(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise Killed
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(saga.SagaTrainer, "training_step", dying)
-    with pytest.raises(Killed):
+    with killed_at(saga.SagaTrainer, 3):
         train(tmp_path / "killed", max_steps=4, save_steps=2)
-    monkeypatch.setattr(saga.SagaTrainer, "training_step", step)
     with pytest.raises(FieldmarkError, match="not empty"):
         train(tmp_path / "killed", max_steps=4, save_steps=2)
     resumed = train(tmp_path / "killed", max_steps=4, save_steps=2, resume=True)
@@ -154,19 +120,7 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, few_photos, monkeypat
 def test_two_processes_give_what_one_gives(tmp_path, few_photos):
     """Same global batch, pairs and rollouts: losses and weights agree, phases B and C included."""
     one = train(tmp_path / "one", max_steps=2)
-    script = Path(__file__).with_name("two_processes.py")
-    settings = json.dumps({**SMALL, "out": str(tmp_path / "two"), "max_steps": 2})
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-        settings,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_in_two_processes("saga", {**SMALL, "out": str(tmp_path / "two"), "max_steps": 2})
     keys = ("loss/dml", "loss/lm", "loss/kl", "mixed_groups", "kept_pairs", "verdict_accuracy", "grad_norm/tower")
     alone, shared = log_of(one), log_of(tmp_path / "two")
     assert len(alone) == len(shared) == 2

@@ -147,13 +147,14 @@ def test_answer_has_the_paper_s_key_order_and_regular_values():
     assert list(answer) == ["bird_1", "bird_2", "differences", "confidence", "reasoning", "same_species"]
     assert answer["bird_1"] == RED
     assert list(answer["bird_2"]) == list(BIRD.attributes)
-    assert answer["differences"] == "bill shape no, crown yes, breast no"
+    assert answer["differences"] == "bill shape hooked hooked no, crown rød 🐦 crête blue yes, breast plain plain no"
     full = replace(BIRD, style="full")
     assert json.loads(answer_json(full, RED, BLUE, False))["differences"] == "crown"
     assert answer["same_species"] == "no"
     assert "rød" in text
     assert json.loads(answer_json(full, RED, RED, True))["differences"] == "none"
     assert json.loads(answer_json(BIRD, RED, {"breast": "plain", "crown": None}, True))["bird_2"] == {"breast": "plain"}
+    assert "crown rød 🐦 crête unknown no" in answer_json(BIRD, RED, {"breast": "plain"}, True)
     with pytest.raises(FieldmarkError, match="domain_for_attributes"):
         answer_json(BIRD, {"heel": "flat"}, RED, False)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fieldmark.errors import FieldmarkError
@@ -197,6 +198,27 @@ def test_checkpointing_changes_nothing(bench: Bench):
         grads.append((result.logprobs.detach(), visual.tokens.grad, *(f.grad for f in visual.deepstack)))
     for kept, computed_again in zip(*grads):
         torch.testing.assert_close(kept, computed_again, atol=1e-6, rtol=1e-6)
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the operators whose name has a word."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word, self.count = word, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += self.word in str(operator) and "backward" not in str(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_checkpointing_computes_no_attention_twice(bench: Bench):
+    ids, mask = _completions()
+    visual = _leaves(bench.pair(0))
+    with _Counted("scaled_dot_product") as counted:
+        result = replay(bench.teacher, bench.prompt, visual, ids, mask, temperature=1.0)
+        result.logprobs.sum().backward()
+    assert counted.count == 2 * bench.teacher.layers  # the prefix and the completions
 
 
 @pytest.mark.parametrize(("layer", "implementation"), [(0, "sdpa"), (2, "eager"), (-2, "sdpa")])

@@ -1,23 +1,19 @@
-"""One process of a distributed SAGA run; started by torchrun from test_methods_saga."""
+"""One process of a distributed run; torchrun starts it from helpers_training with a method's name and its settings."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from importlib import import_module
 
 import torch
 
-from fieldmark.methods import saga
+from fieldmark.cli import METHODS
+from helpers_training import few
 
 torch.set_num_threads(1)
-full = saga.open_task
-
-
-def few(config: saga.SagaConfig) -> saga.Task:
-    task = full(config)
-    return replace(task, test=task.test.select(range(8)))
-
-
-saga.open_task = few
-saga.train(saga.SagaConfig(**json.loads(sys.argv[1])))
+method, settings = sys.argv[1:]
+module = import_module(f"fieldmark.methods.{method}")
+full = module.open_task
+module.open_task = lambda config: few(full(config))
+module.train(getattr(module, METHODS[method][0])(**json.loads(settings)))

@@ -39,10 +39,10 @@ def train(config: MetricConfig) -> Path:
         raise FieldmarkError("No student was given; name a vision checkpoint with --student (a folder or a hub id).")
     # 1. Catalogue
     task = open_task(config)
-    out = check_folder(config)
     # 2. Student, 3. loss
     student = make_student(config, config.student)
     loss = make_loss(config, student, len(task.classes))
+    out = check_folder(config)
     # 4. The untrained student
     before = measure(student, task.test, config)
     # 5. Training

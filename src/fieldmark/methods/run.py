@@ -87,7 +87,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FieldmarkError(f"{name} is {value}; give a number above 0.")
-        for name in ("weight_decay", "save_steps", "workers", "max_grad_norm", "warmup"):
+        for name in ("weight_decay", "save_steps", "workers", "max_grad_norm", "warmup", "seed"):
             if getattr(self, name) < 0:
                 raise FieldmarkError(f"{name} is {getattr(self, name)}; give 0 or more.")
 
@@ -133,8 +133,8 @@ def check_folder(config: TrainConfig) -> Path:
 
 
 def _prepare_folder(config: TrainConfig, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise FieldmarkError(f"--out {out} is a file; give a folder for the run.")
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+        raise FieldmarkError(f"--out {out} is a file or lies in one; give a folder for the run.")
     if out.is_dir() and any(out.iterdir()) and not config.resume:
         raise FieldmarkError(f"--out {out} is not empty; give a new folder, or --resume true to go on with that run.")
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,14 @@ from fieldmark.methods.run import (
 from fieldmark.methods.trainer import FieldmarkTrainer, gradient_norms
 from fieldmark.students.pooling import TokenPooling
 from fieldmark.students.tower import VisionTower
-from fieldmark.teacher.compare import Domain, attribute_token_spans, compare_prompt, load_domain, parse_verdict
+from fieldmark.teacher.compare import (
+    Domain,
+    attribute_token_spans,
+    compare_prompt,
+    domain_for_attributes,
+    load_domain,
+    parse_verdict,
+)
 from fieldmark.teacher.model import Prompt, Teacher, VisualTokens
 from fieldmark.teacher.prefix import replay, rollout
 
@@ -77,7 +84,7 @@ class SagaConfig(TrainConfig):
     Attributes:
         teacher: the frozen multimodal LLM (folder or hub id); the student's tower starts as its tower.
         domain: name or YAML file of the comparison prompt (birds, cars, aircraft, groceries, aviary, generic);
-            null picks it from the catalogue's source, else its attribute names.
+            null picks it by the catalogue's attribute names, as `build-teacher` does.
         lambda_dml: weight of the metric loss.
         lambda_lm: weight of the policy gradient.
         lambda_kl: weight of the attention alignment.
@@ -459,12 +466,11 @@ def train(config: SagaConfig) -> Path:
             "SAGA needs a teacher; name a multimodal LLM with --teacher (a folder or a hub id), or build one for your "
             "catalogue with `fieldmark build-teacher`."
         )
-    domain = choose_domain(config)
+    domain = choose_domain(config, task)
     if not domain.attributes:
         config = replace(config, lambda_kl=0.0)  # no named attributes, no tokens to align with (paper, section 4.3)
     teacher = Teacher.load(source, dtype=getattr(torch, config.teacher_dtype))
     check_settings(config, teacher, domain)
-    out = check_folder(config)
     # 3. Student: its tower starts as the teacher's own
     student = make_student(config, config.student or source)
     tower, _ = tower_and_pooler(student)
@@ -473,6 +479,7 @@ def train(config: SagaConfig) -> Path:
         freeze_deepstack(tower)
     # 4. Loss
     loss = make_loss(config, student, len(task.classes))
+    out = check_folder(config)
     # 5. The untrained student
     before = measure(student, task.test, config)
     # 6. Training
@@ -510,18 +517,22 @@ def train(config: SagaConfig) -> Path:
     return out
 
 
-def choose_domain(config: SagaConfig) -> Domain:
-    """The domain asked for, else the one of the catalogue's source, else the generic one."""
+def choose_domain(config: SagaConfig, task: Task) -> Domain:
+    """The domain asked for, else the one of the catalogue's attributes (as `build-teacher` does), else the generic
+    one."""
     if config.domain is not None:
         return load_domain(config.domain)
-    scheme = config.data.partition(":")[0]
-    return load_domain({"aviary": "aviary", "grocery": "groceries"}.get(scheme, "generic"))
+    names = task.train.features["attributes"]
+    return domain_for_attributes(list(names) if isinstance(names, dict) else [])
 
 
 def check_settings(config: SagaConfig, teacher: Teacher, domain: Domain) -> None:
     """Refuses settings that could teach nothing, before anything is computed."""
     if config.group_size < 2:
         raise FieldmarkError(f"group_size is {config.group_size}; a group needs at least 2 rollouts to differ.")
+    for name in ("target_pairs", "pairs_per_batch", "max_micro_batches"):
+        if getattr(config, name) < 1:
+            raise FieldmarkError(f"{name} is {getattr(config, name)}; give 1 or more.")
     layer = config.attention_layer
     if layer is not None and not 0 <= layer < teacher.layers:
         raise FieldmarkError(

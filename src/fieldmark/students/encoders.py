@@ -173,6 +173,9 @@ class PlainEncoder(Encoder):
         if "do_pooling" in accepted:
             self.options["do_pooling"] = False
         self._freeze_unused()
+        # Convolutions are several times faster in this layout on a CPU, depth-wise ones above all.
+        convolutional = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
+        self.layout = torch.channels_last if convolutional else torch.contiguous_format
         self.tokens_per_image, self.token_dim = self._probe()
 
     def _freeze_unused(self) -> None:
@@ -191,6 +194,7 @@ class PlainEncoder(Encoder):
         return tokens.shape[1], tokens.shape[2]
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        pixels = pixels.contiguous(memory_format=self.layout)
         return self._patch_tokens(self.model(pixel_values=pixels, **self.options).last_hidden_state), []
 
     def _patch_tokens(self, states: torch.Tensor) -> torch.Tensor:

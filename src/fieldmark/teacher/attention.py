@@ -15,7 +15,7 @@ Both are the plain causal attention of [prefix | completion g] for every g: same
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,6 +33,13 @@ from fieldmark.errors import FieldmarkError
 PACKED = "fieldmark_packed_completions"
 SHARED_PREFIX = "fieldmark_shared_prefix"
 _CACHE_BLOCK = 64
+# What scaled_dot_product_attention runs on, by device and precision.
+_KEPT = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 @dataclass
@@ -121,19 +128,18 @@ def packed_attention(
     if packed.recorder is not None and module.layer_idx == packed.recorder.layer and packed.recorder.query is None:
         packed.recorder.record(query, key, prefix, scaling)
     heads, kv_heads = query.shape[1], key.shape[1]
+    # One split instead of two slices: the backward pass joins both gradients, it does not add two padded ones.
+    (prefix_query, query), (prefix_key, key), (prefix_value, value) = (
+        states.split([prefix, states.shape[2] - prefix], dim=2) for states in (query, key, value)
+    )
     prefix_out = scaled_dot_product_attention(
-        query[:, :, :prefix],
-        key[:, :, :prefix],
-        value[:, :, :prefix],
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=heads != kv_heads,
+        prefix_query, prefix_key, prefix_value, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads
     )
     groups, shared = packed.groups, (packed.groups, -1, -1, -1)
-    keys = torch.cat([key[:, :, :prefix].expand(shared), packed.unpack(key[:, :, prefix:])], dim=2)
-    values = torch.cat([value[:, :, :prefix].expand(shared), packed.unpack(value[:, :, prefix:])], dim=2)
+    keys = torch.cat([prefix_key.expand(shared), packed.unpack(key)], dim=2)
+    values = torch.cat([prefix_value.expand(shared), packed.unpack(value)], dim=2)
     # Query heads that share a key head become more rows of it: grouped attention without copies of the keys.
-    rows = packed.unpack(query[:, :, prefix:])
+    rows = packed.unpack(query)
     repeats, length, width = heads // kv_heads, rows.shape[2], rows.shape[3]
     out = scaled_dot_product_attention(
         rows.reshape(groups, kv_heads, repeats * length, width),
@@ -181,49 +187,62 @@ def shared_prefix_attention(
     pairs, kv_heads, prefix, width = prefix_key.shape
     _refuse_variants(kwargs, prefix + key.shape[2])
     batch, groups, repeats = query.shape[0], query.shape[0] // pairs, query.shape[1] // kv_heads
-    query = query * scaling
+    query = (query * scaling).view(pairs, groups, kv_heads, repeats, width)
     # All G queries of a pair are rows of one product with the pair's prefix keys, which are read once for all of them.
-    rows = query.view(pairs, groups, kv_heads, repeats, width).transpose(1, 2).reshape(pairs, kv_heads, -1, width)
-    seen = (rows @ prefix_key.transpose(2, 3)).view(pairs, kv_heads, groups, repeats, prefix).transpose(1, 2)
+    seen = _by_pair(query) @ prefix_key.transpose(2, 3)
     own = query.view(batch, kv_heads, repeats, width) @ key.transpose(2, 3)
-    scores = torch.cat([seen.reshape(batch, kv_heads, repeats, prefix), own], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    weights_seen = weights[..., :prefix].view(pairs, groups, kv_heads, repeats, prefix).transpose(1, 2)
-    from_prefix = weights_seen.reshape(pairs, kv_heads, -1, prefix) @ prefix_value
-    from_prefix = (
-        from_prefix.view(pairs, kv_heads, groups, repeats, -1).transpose(1, 2).reshape(batch, kv_heads, repeats, -1)
-    )
-    out = from_prefix + weights[..., prefix:] @ value
+    own = _by_pair(own.view(pairs, groups, kv_heads, repeats, -1))
+    weights = torch.softmax(torch.cat([seen, own], dim=-1), dim=-1, dtype=torch.float32).to(value.dtype)
+    from_prefix = _by_completion(weights[..., :prefix] @ prefix_value, groups)
+    out = from_prefix + _by_completion(weights[..., prefix:], groups) @ value
     return out.reshape(batch, 1, kv_heads * repeats, -1), None
 
 
+def _by_pair(rows: Tensor) -> Tensor:
+    """[pairs, G, Hkv, repeats, n] -> [pairs, Hkv, G * repeats, n]."""
+    return rows.transpose(1, 2).flatten(2, 3)
+
+
+def _by_completion(rows: Tensor, groups: int) -> Tensor:
+    """[pairs, Hkv, G * repeats, n] -> [pairs * G, Hkv, repeats, n]."""
+    return rows.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
 class CompletionLayer(DynamicLayer):
-    """Keys and values of completions in a buffer that grows by blocks (a stock layer copies all at each token)."""
+    """Keys and values of completions in buffers that grow by blocks (a stock layer copies all at each token).
+
+    Keys lie transposed, [B, Hkv, d, capacity]: the product with a single query then reads them in order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
-        self.buffer: Tensor | None = None  # [2, B, Hkv, capacity, d]: keys, values
+        self.key_buffer: Tensor | None = None  # [B, Hkv, d, capacity]
+        self.value_buffer: Tensor | None = None  # [B, Hkv, capacity, d]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds one token; returns the keys and values [B, Hkv, length, d] so far, as views."""
-        if self.buffer is None:
-            self.buffer = torch.stack([key_states[:, :, :0], value_states[:, :, :0]])
+        keys, values = self.key_buffer, self.value_buffer
+        if keys is None or values is None:
+            keys, values = key_states.transpose(2, 3)[..., :0], value_states[:, :, :0]
             self.is_initialized = True
-        if self.length == self.buffer.shape[3]:
-            self.buffer = nn.functional.pad(self.buffer, (0, 0, 0, _CACHE_BLOCK))
-        self.buffer[0, :, :, self.length] = key_states[:, :, 0]
-        self.buffer[1, :, :, self.length] = value_states[:, :, 0]
+        if self.length == keys.shape[3]:
+            keys = nn.functional.pad(keys, (0, _CACHE_BLOCK))
+            values = nn.functional.pad(values, (0, 0, 0, _CACHE_BLOCK))
+        keys[..., self.length] = key_states[:, :, 0]
+        values[:, :, self.length] = value_states[:, :, 0]
+        self.key_buffer, self.value_buffer = keys, values
         self.length += 1
-        return self.buffer[0, :, :, : self.length], self.buffer[1, :, :, : self.length]
+        return keys[..., : self.length].transpose(2, 3), values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
         return self.length
 
     def select(self, rows: Tensor) -> None:
         """Keeps only these completions."""
-        if self.buffer is not None:
-            self.buffer = self.buffer.index_select(1, rows)
+        if self.key_buffer is not None and self.value_buffer is not None:
+            self.key_buffer = self.key_buffer.index_select(0, rows)
+            self.value_buffer = self.value_buffer.index_select(0, rows)
 
 
 def recorded_attention(recorder: AttentionRecorder, layout: PackedLayout, rows: Tensor, slots: Tensor) -> Tensor:
@@ -279,11 +298,21 @@ def attention_for(language_model: PreTrainedModel, implementation: str) -> Itera
 
 
 @contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+@contextmanager
 def checkpointed(language_model: PreTrainedModel) -> Iterator[None]:
-    """Decoder layers keep their input only; the backward pass computes the rest again, under packed attention."""
+    """Decoder layers keep their input and the attention's output; the backward pass computes the rest again.
+
+    The output is as small as the input, and attention is the costliest step to compute again for what it takes to keep.
+    """
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), attention_for(language_model, PACKED)
+        keep, again = create_selective_checkpoint_contexts(_KEPT)
+        return keep, _both(again, attention_for(language_model, PACKED))
 
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     layers = [layer for layer in language_model.modules() if isinstance(layer, GradientCheckpointingLayer)]

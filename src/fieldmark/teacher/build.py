@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -60,6 +61,7 @@ class BuildConfig:
         resolution: side of the square photo.
         exam_pairs: pairs of the examination.
         workers: processes that decode or draw.
+        precision: fp32 or bf16 (autocast) while training; faster where the processor computes in bf16.
         seed: of everything random.
         resume: go on with a killed build.
     """
@@ -67,30 +69,45 @@ class BuildConfig:
     data: str
     out: str
     tower: str | None = None
-    tower_steps: int = 300
+    tower_steps: int = 400
     tower_batch: int = 48
     tower_learning_rate: float = 1.5e-3
-    language_steps: int = 2000
+    language_steps: int = 1800
     language_batch: int = 10
-    language_drills: int = 24
+    language_drills: int = 12
     language_learning_rate: float = 1e-3
     views: int = 1
     max_photos: int = 7200
     resolution: int = 224
     exam_pairs: int = 128
     workers: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that no build could have."""
+        least = dict.fromkeys(("tower_steps", "tower_batch", "language_steps", "language_batch", "views"), 1)
+        # An examination needs a pair of each kind.
+        least |= {"max_photos": 1, "exam_pairs": 2, "language_drills": 0, "workers": 0, "seed": 0}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise FieldmarkError(f"{name} is {getattr(self, name)}; give {number} or more.")
+        for name in ("tower_learning_rate", "language_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise FieldmarkError(f"{name} is {getattr(self, name)}; give a number above 0.")
 
 
 def build_teacher(config: BuildConfig) -> Path:
     """Builds, examines and saves a teacher; returns its folder."""
     started = time.time()
-    out = _open_folder(config)
-    torch.manual_seed(config.seed)
-    # 1. Catalogue
+    # 1. Catalogue, the examination's too: what it lacks is said before anything is trained
     catalog = load_catalog(config.data, part="teacher")
     attributes = class_attributes(catalog)
+    unseen = {split: select_split(load_catalog(config.data), split) for split in ("test", "train")}
+    for rows in unseen.values():
+        class_attributes(rows)
+    torch.manual_seed(config.seed)
     domain = domain_for_attributes(list(next(iter(attributes.values()))))
     # 2. Tokenizer, 3. body
     tokenizer = make_tokenizer(_texts(domain, list(attributes.values()), config.seed))
@@ -103,6 +120,7 @@ def build_teacher(config: BuildConfig) -> Path:
         pretrained = VisionTower.from_pretrained(config.tower, config.resolution)
         model, processor = make_composed(pretrained, tokenizer)
         teacher = Teacher(model, processor)
+    out = _open_folder(config)
     _save(teacher, out / "stages" / "body")
     # 4. Tower
     tower = VisionTower.from_pretrained(out / "stages" / "body", config.resolution)
@@ -123,7 +141,7 @@ def build_teacher(config: BuildConfig) -> Path:
     )
     # 6. Examination, card, weights
     teacher = save_teacher(teacher, out, torch.bfloat16 if config.tower is None else torch.float32)
-    results = _examine_unseen(config, teacher, tower, domain)
+    results = _examine_unseen(config, teacher, tower, domain, unseen)
     write_card(out, config, domain, teacher, results, minutes=(time.time() - started) / 60)
     return out
 
@@ -132,7 +150,7 @@ def class_attributes(catalog: datasets.Dataset) -> dict[str, dict[str, str]]:
     """Attributes of each class: those of its first item; names that no item has are left out.
 
     Raises:
-        FieldmarkError: rows without label or attributes.
+        FieldmarkError: rows without label or attributes, too few classes, or too few photos to pair.
     """
     found: dict[str, dict[str, str]] = {}
     for label, attributes in zip(catalog["label"], catalog["attributes"], strict=True):
@@ -142,7 +160,11 @@ def class_attributes(catalog: datasets.Dataset) -> dict[str, dict[str, str]]:
             )
         found.setdefault(label, {name: value for name, value in attributes.items() if value is not None})
     if len(found) < 4:
-        raise FieldmarkError(f"The teacher part has {len(found)} classes; a teacher needs at least 4 to compare.")
+        raise FieldmarkError(
+            f"{len(found)} classes ({', '.join(found)}) are given to build or examine a teacher; at least 4 are needed."
+        )
+    if sum(count > 1 for count in Counter(catalog["label"]).values()) < 2:
+        raise FieldmarkError("Fewer than two classes have two photos to compare; add photos to the catalogue.")
     return found
 
 
@@ -206,6 +228,7 @@ def _teach_tower(
             batch_size=config.tower_batch,
             learning_rate=config.tower_learning_rate,
             workers=config.workers,
+            bf16=config.precision == "bf16",
             seed=config.seed,
             progress=progress,
         )
@@ -221,19 +244,19 @@ def _teach_language(config: BuildConfig, teacher: Teacher, domain: Domain, bank:
             batch_size=config.language_batch,
             drills=config.language_drills,
             learning_rate=config.language_learning_rate,
+            bf16=config.precision == "bf16",
             seed=config.seed,
             progress=progress,
         )
 
 
 def _examine_unseen(
-    config: BuildConfig, teacher: Teacher, tower: VisionTower, domain: Domain
+    config: BuildConfig, teacher: Teacher, tower: VisionTower, domain: Domain, unseen: dict[str, datasets.Dataset]
 ) -> dict[str, Examination]:
     """On the student's classes: the test part with look-alikes, and training pairs as SAGA draws them."""
-    student = load_catalog(config.data, part="student")
     results = {}
     for split, lookalikes in (("test", 1.0), ("train", 0.0)):
-        rows = select_split(student, split)
+        rows = unseen[split]
         bank = photo_bank(tower, rows, class_attributes(rows), max_photos=1200, seed=config.seed)
         results[split] = examine(
             teacher, domain, bank, pairs=config.exam_pairs, lookalikes=lookalikes, seed=config.seed
@@ -294,6 +317,8 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int, float], N
 
 def _open_folder(config: BuildConfig) -> Path:
     out = Path(config.out)
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+        raise FieldmarkError(f"--out {out} is a file or lies in one; give a folder for the teacher.")
     if out.is_dir() and any(out.iterdir()) and not config.resume:
         raise FieldmarkError(f"--out {out} is not empty; give a new folder, or --resume true to go on with that build.")
     (out / "stages").mkdir(parents=True, exist_ok=True)

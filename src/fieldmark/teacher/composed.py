@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from fieldmark.errors import FieldmarkError
 from fieldmark.students.composed import ComposedConfig
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher.tiny import CHAT_TEMPLATE, IMAGE_TOKEN
@@ -74,7 +75,13 @@ def make_composed(
         tower: a timm tower without projector.
         tokenizer: as `tiny.make_tokenizer` makes it.
         text: overrides single settings of the language model.
+
+    Raises:
+        FieldmarkError: a tower of another kind.
     """
+    kind = type(tower.encoder.config).model_type
+    if kind != "timm_wrapper":
+        raise FieldmarkError(f"The tower is of the kind {kind}; --tower takes a timm network, such as a ResNet.")
     side = round(tower.tokens_per_image**0.5)
     text_config = {
         "vocab_size": len(tokenizer),

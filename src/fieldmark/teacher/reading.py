@@ -142,6 +142,7 @@ def train_tower(
     batch_size: int = 48,
     learning_rate: float = 1.5e-3,
     workers: int = 1,
+    bf16: bool = False,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> float:
@@ -154,9 +155,10 @@ def train_tower(
         truth: [photos, A] value indices, -1 where not given.
         table: names and values.
         steps: optimizer steps.
-        batch_size: photos a step.
+        batch_size: photos a step; all of them where there are fewer.
         learning_rate: peak of a warm-up and cosine schedule.
         workers: processes that decode or draw.
+        bf16: run the tower under bf16 autocast.
         seed: of order, mirroring and heads.
         progress: called with the number of steps done and the loss.
     """
@@ -172,10 +174,11 @@ def train_tower(
     while step < steps:
         order = torch.Generator().manual_seed(seed + source.epoch)
         sampler = torch.randperm(len(refs), generator=order).tolist()
-        loader = DataLoader(source, batch_size, sampler=sampler, num_workers=workers, drop_last=True)
+        loader = DataLoader(source, min(batch_size, len(refs)), sampler=sampler, num_workers=workers, drop_last=True)
         for pixels, target, cover in loader:
-            features = tower({"pixel_values": pixels})
-            maps = [features["token_embeddings"], *features["deepstack"]]
+            with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+                features = tower({"pixel_values": pixels})
+            maps = [tokens.float() for tokens in (features["token_embeddings"], *features["deepstack"])]
             losses, right = [], torch.zeros(0)
             for number, (head, tokens) in enumerate(zip(heads, maps, strict=True)):
                 loss, read = head.loss(tokens, target, cover if source.drawn else None)  # type: ignore[operator]

@@ -2,14 +2,14 @@
 
 Supervised fine-tuning on ideal answers (`compare.answer_json`) about pairs of photos whose attributes the catalogue
 knows: half of them of one class, the others look-alikes (the nearest classes by attributes) or random. The tower is
-    done; its
-tokens were computed once.
+done; its tokens were computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from fieldmark.teacher.model import Prompt, Teacher, VisualTokens
 from fieldmark.teacher.reading import warm_cosine
 
 LOOKALIKE_SHARE = 0.6  # of the pairs of different classes
+DENSE_DRILLS = 0.6
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class PhotoBank:
     tokens: Tensor
     classes: np.ndarray
     attributes: list[dict[str, str]]
+
+    @cached_property
+    def values(self) -> dict[str, list[str]]:
+        """The values that occur of each attribute, sorted."""
+        names = dict.fromkeys(name for row in self.attributes for name in row)
+        return {name: sorted({row[name] for row in self.attributes if row.get(name)}) for name in names}
 
     def visual(self, photos: Sequence[int]) -> VisualTokens:
         """Visual tokens of some photos, float32."""
@@ -89,19 +96,27 @@ def ideal_answer(domain: Domain, bank: PhotoBank, pair: tuple[int, int, bool]) -
 
 
 def drill(domain: Domain, bank: PhotoBank, rng: np.random.Generator) -> str:
-    """An ideal answer about two made-up items, half of them equal, most others one attribute apart: comparing,
-    without photos.
+    """An ideal answer about two made-up items: comparing, without photos.
 
     The words of an answer are learned from photos soon, the comparison of what was said is not: a teacher that
-    described 58 of 59 differing marks rightly still called 43 of 58 look-alikes the same species.
+    described all of 64 differing marks rightly still called 48 of 64 look-alikes the same species. Photos of
+    look-alikes differ in one attribute of many, too rare an event to learn comparing from; in most drills every
+    attribute differs or not by the toss of a coin. The others are equal, or one or more attributes apart.
     """
-    first = bank.attributes[rng.integers(len(bank.attributes))]
+    table = bank.values
+    first = {name: values[rng.integers(len(values))] for name, values in table.items()}
+    if rng.random() < 0.5:
+        first |= bank.attributes[rng.integers(len(bank.attributes))]
+    if rng.random() < DENSE_DRILLS:
+        changed = [name for name in first if rng.random() < 0.5]
+    else:
+        count = 0 if rng.random() < 0.5 else 1 if rng.random() < 0.7 else int(rng.integers(2, len(first) + 1))
+        changed = rng.permutation(list(first))[:count].tolist()
     second = dict(first)
-    changes = 0 if rng.random() < 0.5 else 1 if rng.random() < 0.7 else int(rng.integers(2, len(first) + 1))
-    for name in rng.permutation(list(first))[:changes]:
-        values = sorted({row[name] for row in bank.attributes if row.get(name) not in (None, first[name])})
-        if values:
-            second[name] = values[rng.integers(len(values))]
+    for name in changed:
+        others = [value for value in table[name] if value != first[name]]
+        if others:
+            second[name] = others[rng.integers(len(others))]
     return answer_json(domain, first, second, first == second)
 
 
@@ -157,8 +172,9 @@ def train_language(
     *,
     steps: int,
     batch_size: int = 10,
-    drills: int = 24,
+    drills: int = 12,
     learning_rate: float = 1e-3,
+    bf16: bool = False,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
@@ -182,11 +198,12 @@ def train_language(
         pairs = [drawer.draw() for _ in range(batch_size)]
         ids, mask = encode_answers(tokenizer, [ideal_answer(domain, bank, p) for p in pairs], comparison_only=False)
         visual = bank.visual([photo for pair in pairs for photo in pair[:2]])
-        loss = answer_loss(teacher, prompt, visual, ids, mask)
-        if drills:
-            made_up = [drill(domain, bank, rng) for _ in range(drills)]
-            ids, mask = encode_answers(tokenizer, made_up, comparison_only=True)
-            loss = loss + answer_loss(teacher, without_photos, None, ids, mask)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+            loss = answer_loss(teacher, prompt, visual, ids, mask)
+            if drills:
+                made_up = [drill(domain, bank, rng) for _ in range(drills)]
+                ids, mask = encode_answers(tokenizer, made_up, comparison_only=True)
+                loss = loss + answer_loss(teacher, without_photos, None, ids, mask)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
