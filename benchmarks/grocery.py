@@ -25,14 +25,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of the Grocery Store Dataset")
     parser.add_argument("--teacher", required=True, help="what `fieldmark build-teacher` made of it")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="names of the runs to do")
     parser.add_argument("--loss", default="proxy_anchor", help="metric loss under SAGA")
     parser.add_argument("--lambda_lm", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=2, help="of this process; two of one thread each are faster")
     parser.add_argument("--tag", default="", help="name of a variant of the SAGA run")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     quiet_libraries()
     shared: dict[str, Any] = {
         "data": f"grocery:{arguments.data}",
@@ -40,7 +41,7 @@ def main() -> None:
         "classes_per_batch": 8,
         "items_per_class": 4,
         "learning_rate": 1e-4,
-        "pooler_learning_rate": 5e-4,
+        "pooler_learning_rate": 1e-3,
     }
     controls = {
         f"{short}-{pooling}{'-long' if longer > 1 else ''}": {

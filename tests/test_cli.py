@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -189,6 +190,77 @@ def test_broken_inputs(capsys, monkeypatch, house, tmp_path):
     assert not Path(run).exists()
 
 
+def test_paths_that_the_system_refuses_are_one_sentence(capsys, house, tmp_path):
+    photos, student, long = str(house / "photos"), str(house / "student"), "x" * 300
+    cases = [
+        (train_arguments(house, "/proc/x"), "/proc/x cannot be read or written: no such file or directory."),
+        (["embed", student, "--data", photos, "--out", "/proc/v.parquet"], "/proc/v.parquet"),
+        (["embed", student, "--data", photos, "--out", "/sys/v.parquet"], "/sys/v.parquet"),
+        (["evaluate", student, "--data", long], "cannot be read or written: file name too long."),
+        (["evaluate", long, "--data", photos], "cannot be read or written: file name too long."),
+    ]
+    for argv, expected in cases:
+        sentence = fails(capsys, argv)
+        assert expected in sentence
+        assert "None" not in sentence
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "config_sentence_transformers.json"])
+@pytest.mark.parametrize("part", [".", "1_AttentionPooling"])
+def test_a_broken_student_is_one_sentence(capsys, house, tmp_path, part, name, how):
+    broken = tmp_path / "broken"
+    shutil.copytree(house / "student", broken)
+    file = broken / part / name
+    if not file.exists() or (how == "gone" and part == "." and name.startswith("config")):
+        pytest.skip("there is no such file, or it is not needed")
+    content = file.read_bytes()
+    file.unlink()
+    if how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    assert "missing or broken file" in fails(capsys, ["evaluate", str(broken), "--data", str(house / "photos")])
+
+
+WRONG_OPTIONS = [
+    ("proxy_anchor", '{"alpha": "x"}'),
+    ("potential_field", '{"alpha": "x"}'),
+    ("potential_field", '{"delta": "x"}'),
+    ("multi_similarity", '{"beta": null}'),
+    ("multi_similarity", '{"base": "x"}'),
+    ("info_nce", '{"temperature": "x"}'),
+    ("info_nce", '{"distance": "cosine"}'),
+]
+
+
+@pytest.mark.parametrize(("loss", "options"), WRONG_OPTIONS, ids=[f"{a} {b}" for a, b in WRONG_OPTIONS])
+def test_loss_options_of_the_wrong_type_are_refused_before_anything_is_written(capsys, house, tmp_path, loss, options):
+    out = tmp_path / "run"
+    sentence = fails(capsys, train_arguments(house, str(out), "--loss", loss, "--loss_options", options))
+    assert f"{loss} cannot compute with the loss_options" in sentence
+    assert not out.exists()
+
+
+def test_photos_that_cannot_be_measured_are_refused_before_anything_is_written(capsys, house, tmp_path):
+    photos = sorted((house / "photos").rglob("*.png"))
+    train = [f"{path},{path.parent.name},train,both\n" for path in photos[: len(photos) // 2]]
+    cases = {
+        "one photo a class": [f"{path},{path.parent.name},test,both\n" for path in photos[len(photos) // 2 :: PHOTOS]],
+        "queries alone": [f"{path},{path.parent.name},test,query\n" for path in photos[len(photos) // 2 :]],
+        "no label": [f"{path},,test,both\n" for path in photos[len(photos) // 2 :]],
+    }
+    for name, rows in cases.items():
+        table = tmp_path / "photos.csv"
+        table.write_text("image,label,split,role\n" + "".join(train + rows), encoding="utf-8")
+        sentence = fails(capsys, [*train_arguments(house, "unmeasured"), "--data", str(table)])
+        assert ("test photos without a label" if name == "no label" else "another one of its class") in sentence
+        assert not (house / "unmeasured").exists()
+    one = photos[-1]
+    both = [f"{one},a,test,query\n", f"{one.with_name('0.png')},a,test,gallery\n"]
+    table.write_text("image,label,split,role\n" + "".join(train + both), encoding="utf-8")
+    config = metric.MetricConfig(data=str(table), out="unused")
+    assert len(metric.open_task(config).test) == 2, "a query and its answer are enough"
+
+
 def test_a_mistake_in_a_worker_process_is_one_sentence():
     trace = (
         "Caught FieldmarkError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
@@ -256,8 +328,27 @@ def test_flags_win_over_the_config_file(monkeypatch, tmp_path):
 
 
 def test_a_used_folder_is_refused_and_resume_goes_on(capsys, house):
-    assert "--resume true" in fails(capsys, train_arguments(house, "run"))
-    assert cli.main(train_arguments(house, "run", "--resume", "true")) == 0
+    for more in (), ("--resume", "true"), ("--resume", "true", "--seed", "9"):
+        assert "holds a finished run; give a new folder" in fails(capsys, train_arguments(house, "run", *more))
+    unfinished = house / "unfinished"
+    shutil.copytree(house / "run", unfinished)
+    (unfinished / "metrics.json").unlink()
+    assert "--resume true" in fails(capsys, train_arguments(house, "unfinished"))
+    before = (unfinished / "config.yaml").read_text(encoding="utf-8")
+    other = ["--resume", "true", "--seed", "9", "--loss_options", "{alpha: 16}"]
+    sentence = fails(capsys, train_arguments(house, "unfinished", *other))
+    assert "(loss_options was None, is {'alpha': 16}, seed was 0, is 9)" in sentence
+    assert (unfinished / "config.yaml").read_text(encoding="utf-8") == before
+    settings = yaml.safe_load(before)
+    del settings["warmup"]  # as a version before this setting would have written it
+    (unfinished / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    faster = ["--workers", "1", "--eval_batch_size", "7", "--save_steps", "1"]
+    assert cli.main(train_arguments(house, "unfinished", "--resume", "true", *faster)) == 0
+    (unfinished / "metrics.json").unlink()
+    (unfinished / "config.yaml").write_text("{", encoding="utf-8")
+    assert "does not hold the settings of a run" in fails(
+        capsys, train_arguments(house, "unfinished", "--resume", "true")
+    )
     (house / "file").write_text("", encoding="utf-8")
     assert "is a file" in fails(capsys, train_arguments(house, "file"))
 
@@ -275,6 +366,24 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
     assert "--save_steps N" in how_to_resume(tmp_path), "a checkpoint that is not complete is none"
     (tmp_path / "checkpoints" / "checkpoint-4" / "complete").touch()
     assert "--resume true goes on from the last checkpoint" in how_to_resume(tmp_path)
+
+
+def test_ctrl_c_in_quickstart_says_what_is_true(capsys, monkeypatch, tmp_path):
+    argv = ["quickstart", "--out", str(tmp_path / "quick")]
+
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    def interrupted_later(config):
+        Path(config.out).mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metric, "train", interrupted)
+    assert "before anything was written; run the same command again" in fails(capsys, argv, code=130)
+    monkeypatch.setattr(metric, "train", interrupted_later)
+    sentence = fails(capsys, argv, code=130)
+    assert f"remove {tmp_path / 'quick'} or give another --out" in sentence
+    assert "same command" not in sentence
 
 
 # -- evaluate, embed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -20,7 +21,9 @@ from fieldmark.methods.quickstart import embedded_teacher
 from fieldmark.students.build import build_student
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher import build
+from fieldmark.teacher.compare import load_domain
 from fieldmark.teacher.model import Teacher
+from fieldmark.teacher.reading import AttributeTable, PhotoSource
 from helpers_cli import fails
 from helpers_training import weights_of
 
@@ -137,7 +140,71 @@ def test_a_killed_build_goes_on_and_becomes_a_teacher(capsys, monkeypatch, birds
     assert card["settings"] | {"tower_steps": 2, "tower_batch": 48, "exam_pairs": 2} == card["settings"]
     for exam in ("unseen_test_classes", "student_training_pairs"):
         assert (card[exam]["pairs"], card[exam]["completion_length"]) == (2, 8.0)
-    assert "| valid json | " in (out / "README.md").read_text(encoding="utf-8")
+    readme = (out / "README.md").read_text(encoding="utf-8")
+    assert "| valid json | " in readme
+
+    assert "no student trains on" not in readme
+    assert "its train rows, which a student trains on too" in readme
+    assert "(those of its train rows it has seen while it was made)" in readme
+
+
+class ExamMade:
+    """An examination's numbers."""
+
+    def as_dict(self) -> dict[str, float]:
+        return {"valid_json": 1.0}
+
+
+def test_the_card_is_true_of_other_teachers(tmp_path):
+    """Of a source with classes for a teacher alone, and of a pre-trained tower, which is trained for no step."""
+    teacher, domain = Teacher.load(embedded_teacher()), load_domain("aviary")
+    exams = {"test": ExamMade(), "train": ExamMade()}
+    config = build.BuildConfig(data="aviary", out=str(tmp_path), tower="my/network", tower_steps=777)
+    build.write_card(tmp_path, config, domain, teacher, exams, minutes=1.0)
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "777" not in readme
+    assert "`my/network` as it is" in readme
+    assert "(classes that no student trains on or is tested on)" in readme
+    assert "Examined on classes it has never seen" in readme
+    build.write_card(tmp_path, dataclasses.replace(config, tower=None), domain, teacher, exams, minutes=1.0)
+    assert "777 steps" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_unusable_out_is_said_before_the_catalogue_is_read(capsys, monkeypatch, birds, tmp_path):
+    monkeypatch.setattr(build, "load_catalog", None)
+    (tmp_path / "file").touch()
+    assert "is not empty" in fails(capsys, build_arguments(birds, tmp_path))
+    assert "is a file" in fails(capsys, build_arguments(birds, tmp_path / "file"))
+
+
+def test_the_domain_has_the_attributes_of_all_items(monkeypatch, birds, tmp_path):
+    """The first item lacks one, and the teacher is asked about it all the same, as `train saga` will ask."""
+    with (birds / "birds.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lacking = next(name for name in rows[0] if name.startswith("attr_"))
+    write_table(tmp_path / "birds.csv", [{**rows[0], lacking: ""}, *rows[1:]])
+
+    class Asked(Exception):
+        pass
+
+    def asked(domain, *args):
+        raise Asked(domain.name)
+
+    monkeypatch.setattr(build, "_texts", asked)
+    with pytest.raises(Asked, match="aviary"):
+        build.build_teacher(build.BuildConfig(data=str(tmp_path / "birds.csv"), out=str(tmp_path / "teacher")))
+
+
+@pytest.mark.parametrize("resolution", [64, 192, 224])
+def test_part_masks_fit_the_tokens_at_any_resolution(birds, resolution):
+    tower = VisionTower.from_pretrained(embedded_teacher(), resolution)
+    one = aviary.species("teacher")[0]
+    table = AttributeTable.of([one.attributes])
+    source = PhotoSource(tower, [aviary.uri_of(one, 3, "teacher")], table.encode([one.attributes]), table, seed=0)
+    pixels, _, cover = source[0]
+    assert pixels.shape == (3, resolution, resolution)
+    assert cover.shape == (len(table.names), tower.tokens_per_image)
+    assert 0 < cover.max() <= 1
 
 
 @pytest.mark.parametrize(("source", "domain"), [("birds.csv", "aviary"), ("photos", "generic")])

@@ -108,6 +108,12 @@ def test_mean_and_spread_are_over_the_seeds():
     assert metrics == clustering_metrics(torch.from_numpy(rows), torch.from_numpy(labels), seeds=(3, 4, 5))
 
 
+def test_seeds_may_be_an_array_and_embeddings_of_the_other_byte_order():
+    rows, labels = blobs(4, 5, 6, noise=1.0)
+    expected = clustering_metrics(rows, labels, seeds=(0, 1))
+    assert clustering_metrics(rows.astype(">f8"), labels.astype(">i8"), seeds=np.arange(2)) == expected
+
+
 def test_starting_centres_are_as_good_as_those_of_scikit_learn():
     rows, _ = blobs(20, 15, 12, noise=0.4, seed=1)
     unit = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
@@ -148,6 +154,10 @@ def test_degenerate_embeddings(rows, labels, purity):
         (np.eye(3), [0, 1], (0,), "2 given for 3"),
         (np.eye(2), [0, None], (0,), "label None"),
         (np.eye(2), [0, 1], (), "seeds is empty"),
+        (np.eye(2), [0, 1], (-1,), "seeds are .*give a list of integers"),
+        (np.eye(2), [0, 1], (2**32,), "seeds are .*give a list of integers"),
+        (np.eye(2), [0, 1], (0.5,), "seeds are .*give a list of integers"),
+        (np.eye(2), [0, 1], 3, "seeds are 3; give a list of integers"),
     ],
 )
 def test_bad_input_is_said_in_a_sentence(rows, labels, seeds, message):

@@ -10,7 +10,7 @@ from pytorch_metric_learning import losses as pml
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.losses.attention import attention_alignment
-from fieldmark.losses.metric import METRIC_LOSSES, build_metric_loss, potential_field
+from fieldmark.losses.metric import METRIC_LOSSES, MetricLoss, build_metric_loss, potential_field
 from fieldmark.losses.policy import group_advantages, policy_gradient_loss, policy_gradient_sum
 
 
@@ -119,6 +119,13 @@ def test_attention_alignment_edges():
     assert teacher.grad is None
 
 
+class Given(torch.nn.Module):
+    """A student whose embeddings are its input."""
+
+    def forward(self, features):
+        return {"sentence_embedding": features["x"]}
+
+
 def slow_potential_field(embeddings, labels, proxies, alpha, delta):
     def unit(v):
         return v / v.norm()
@@ -146,6 +153,35 @@ def test_potential_field_equals_a_double_loop(alpha, delta):
     labels = torch.tensor([0, 0, 1, 2, 2, 1])
     value = potential_field(embeddings, labels, proxies, alpha, delta)
     assert value.item() == pytest.approx(slow_potential_field(embeddings, labels, proxies, alpha, delta), rel=2e-4)
+
+
+@pytest.mark.parametrize("gap", [0.1, 0.03, 3e-4])
+def test_close_embeddings_under_autocast_have_the_same_energy(gap):
+    embeddings = torch.tensor([[1.0, 0.0, 0.0], [math.cos(gap), math.sin(gap), 0.0]])
+    labels = torch.tensor([0, 1])
+    loss = MetricLoss(Given(), build_metric_loss("potential_field", 2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss([{"x": embeddings}], labels)
+    expected = slow_potential_field(embeddings.double(), labels, loss.metric.proxies.detach().double(), 3.0, 0.2)
+    assert value.item() == pytest.approx(expected, rel=1e-2)
+
+
+def test_multi_similarity_equals_a_loop_over_mined_pairs():
+    """papers.md section 4: weights 2 and 50, base 0.5, mining margin 0.1."""
+    torch.manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(12, 5), dim=1)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    similarity = (embeddings @ embeddings.T).tolist()
+    total = 0.0
+    for i in range(12):
+        positives = [similarity[i][j] for j in range(12) if labels[j] == labels[i] and j != i]
+        negatives = [similarity[i][j] for j in range(12) if labels[j] != labels[i]]
+        hard_positives = [s for s in positives if s - 0.1 < max(negatives)]
+        hard_negatives = [s for s in negatives if s + 0.1 > min(positives)]
+        total += math.log1p(sum(math.exp(-2 * (s - 0.5)) for s in hard_positives)) / 2
+        total += math.log1p(sum(math.exp(50 * (s - 0.5)) for s in hard_negatives)) / 50
+    loss = build_metric_loss("multi_similarity", 4, 5)
+    assert loss(embeddings, labels).item() == pytest.approx(total / 12, rel=1e-4)
 
 
 def test_potential_field_pulls_same_and_pushes_other():

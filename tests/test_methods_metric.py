@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from fieldmark.methods import metric
 from fieldmark.methods.metric import MetricConfig
 from fieldmark.methods.quickstart import embedded_teacher
-from fieldmark.methods.trainer import FieldmarkTrainer
+from fieldmark.methods.trainer import FieldmarkTrainer, what_is_trained
 from helpers_training import few, killed_at, log_of, train_in_two_processes, weights_of
 
 SMALL = {
@@ -78,6 +79,14 @@ def test_tower_pooler_and_proxies_all_moved(finished):
     assert still == {name for name in start if "deepstack" in name}
 
 
+def test_a_run_says_at_its_start_what_is_trained(finished):
+    trainer, _, _ = finished
+    line = what_is_trained(trainer.own_loss)
+    counted = sum(int(word.replace(",", "")) for word in re.findall(r" ([\d,]+)\b", line))
+    assert counted == sum(p.numel() for p in trainer.own_loss.parameters())
+    assert all(f"{name} " in line.partition("; frozen: ")[0] for name in ("tower", "merger", "pooler", "proxies"))
+
+
 def test_each_part_has_its_own_learning_rate(finished):
     trainer, _, expected = finished
     rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -91,6 +100,8 @@ def test_a_killed_run_resumes_to_the_same_losses_weights_and_proxies(tmp_path):
         whole = train(tmp_path / "whole", **settings)
         with killed_at(FieldmarkTrainer, 3):
             train(tmp_path / "killed", **settings)
+        with (tmp_path / "killed" / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write('{"step": 4, "lo')  # a line that the kill cut short
         resumed = train(tmp_path / "killed", **settings, resume=True)
     keys = ("step", "loss", "grad_norm/tower", "grad_norm/pooler", "grad_norm/proxies")
     logs = [[[record[key] for key in keys] for record in log_of(out)] for out in (whole, resumed)]

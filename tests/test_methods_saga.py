@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.methods import saga
@@ -138,6 +139,7 @@ def test_a_step_with_nothing_to_learn_says_why(tmp_path, few_photos):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     said = [line["message"] for line in lines if "message" in line]
     assert len(said) == 1
+    assert [line["step"] for line in lines] == [1, 1], "words and numbers of one step carry its number"
     assert "none of 32 answers was valid JSON" in said[0]
 
 
@@ -151,6 +153,11 @@ def test_a_step_with_nothing_to_learn_says_why(tmp_path, few_photos):
         ({"loss": "triplet"}, "Unknown metric loss"),
         ({"group_size": 1}, "group_size"),
         ({"attention_layer": 99}, "attention_layer"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"replay_temperature": 0.0}, "replay_temperature"),
+        ({"lambda_lm": -1.0}, "lambda_lm"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, changes, words):
@@ -164,3 +171,17 @@ def test_another_towers_tokens_are_refused(tmp_path):
     student[0].projector = torch.nn.Linear(student[0].token_dim, 8)
     with pytest.raises(FieldmarkError, match="width 8"):
         saga.check_tower(student[0], Teacher.load(embedded_teacher()))
+    other = build_student(make_vit(tmp_path, width=student[0].token_dim), pooling="mean", resolution=32)
+    assert other[0].token_dim == student[0].token_dim
+    with pytest.raises(FieldmarkError, match="vit"):
+        saga.check_tower(other[0], Teacher.load(embedded_teacher()))
+
+
+def make_vit(folder: Path, width: int) -> Path:
+    """A random vision transformer whose tokens are as wide as the teacher's."""
+    config = ViTConfig(
+        hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder / "vit")
+    ViTImageProcessor().save_pretrained(folder / "vit")
+    return folder / "vit"

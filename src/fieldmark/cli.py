@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(arguments)
     except FieldmarkError as error:
         return _stop(one_sentence(error), 2)
-    except PermissionError as error:
-        return _stop(f"{error.filename} cannot be read or written: permission denied.", 2)
+    except OSError as error:
+        return _stop(_file_trouble(error), 2)
     except KeyboardInterrupt as error:
         return _stop(str(error) or "Interrupted; run the same command again.", 130)
     return 0
@@ -72,6 +72,13 @@ def one_sentence(error: BaseException) -> str:
     if text.startswith("Caught ") and "Error: " in text:
         text = text.rpartition("Error: ")[2]
     return " ".join(text.split())
+
+
+def _file_trouble(error: OSError) -> str:
+    """What a file's name and the system say; some libraries put both into the message alone."""
+    if error.filename is None:
+        return one_sentence(error)
+    return f"{error.filename} cannot be read or written: {(error.strerror or 'unknown error').lower()}."
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
 from fieldmark.commands.arguments import parse
 from fieldmark.commands.console import quiet_libraries
@@ -18,4 +19,12 @@ def run(argv: list[str]) -> None:
         description="Trains a control and SAGA on drawn birds with the embedded teacher, and writes a report.",
     )
     quiet_libraries()
-    module.quickstart(config)
+    try:
+        module.quickstart(config)
+    except KeyboardInterrupt as error:
+        again = "Interrupted before anything was written; run the same command again."
+        if Path(config.out).exists():
+            again = (
+                f"Interrupted; quickstart cannot go on: remove {config.out} or give another --out, and run it again."
+            )
+        raise KeyboardInterrupt(again) from error

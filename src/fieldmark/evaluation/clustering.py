@@ -8,6 +8,7 @@ reported. The k-means itself is scikit-learn's; only the choice of the starting 
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -38,10 +39,10 @@ def clustering_metrics(embeddings: Any, labels: Any, *, seeds: Sequence[int] = (
         `purity_std`: population standard deviations over the seeds (0 for one seed).
 
     Raises:
-        FieldmarkError: empty input, lengths that differ, NaN or infinity, a row of zeros, bad labels, or no seed.
+        FieldmarkError: empty input, lengths that differ, NaN or infinity, a row of zeros, bad labels, no seed, or
+            seeds that are no integers from 0 to 2^32 - 1.
     """
-    if len(seeds) == 0:
-        raise FieldmarkError("seeds is empty; give at least one")
+    seeds = _checked_seeds(seeds)
     rows = Rows(embeddings)
     (codes,) = encode_labels(checked_labels(len(rows), labels))
     unit = rows.unit(slice(None)).numpy()
@@ -51,6 +52,18 @@ def clustering_metrics(embeddings: Any, labels: Any, *, seeds: Sequence[int] = (
         values = np.array([run[key] for run in runs])
         metrics[key], metrics[f"{key}_std"] = float(values.mean()), float(values.std())
     return metrics
+
+
+def _checked_seeds(seeds: Any) -> list[int]:
+    try:
+        checked = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        checked = [-1]
+    if not checked:
+        raise FieldmarkError("seeds is empty; give at least one")
+    if not all(0 <= seed < 2**32 for seed in checked):
+        raise FieldmarkError(f"seeds are {seeds!r}; give a list of integers from 0 to 2^32 - 1")
+    return checked
 
 
 def assign_clusters(unit: np.ndarray, clusters: int, seed: int) -> np.ndarray:

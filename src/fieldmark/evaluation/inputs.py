@@ -82,9 +82,11 @@ def _as_table(embeddings: Any, name: str) -> torch.Tensor:
 
 
 def _share(array: np.ndarray) -> torch.Tensor:
-    """A tensor over the array's own memory; integers become float64."""
+    """A tensor over the array's own memory; integers become float64, the other byte order is copied."""
     if array.dtype.kind in "iu":
         array = array.astype(np.float64)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides):
         array = array.copy()
     with warnings.catch_warnings():

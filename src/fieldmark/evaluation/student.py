@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import datasets
@@ -12,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.clustering import clustering_metrics
 from fieldmark.evaluation.retrieval import evaluate_retrieval
+from fieldmark.progress import JobProgress
 
 
 @dataclass
@@ -23,21 +25,31 @@ class Evaluation:
 
 
 def embed_catalog(
-    student: SentenceTransformer, catalog: datasets.Dataset, *, batch_size: int = 64, show_progress: bool = False
+    student: SentenceTransformer,
+    catalog: datasets.Dataset,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Vectors of all photos of a catalogue, `[N, D]` float32, in its order."""
+    """Vectors of all photos of a catalogue, `[N, D]` float32, in its order.
+
+    Args:
+        student: in eval mode while it embeds.
+        catalog: photos.
+        batch_size: photos at once.
+        progress: called with the number of photos done.
+    """
     was_training = student.training
     student.eval()
+    photos, parts = list(catalog["image"]), []
     with torch.inference_mode():
-        vectors = student.encode(
-            list(catalog["image"]),
-            batch_size=batch_size,
-            convert_to_numpy=True,
-            normalize_embeddings=False,
-            show_progress_bar=show_progress,
-        )
+        for start in range(0, len(photos), batch_size):
+            chosen = photos[start : start + batch_size]
+            parts.append(student.encode(chosen, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False))
+            if progress is not None:
+                progress(start + len(chosen))
     student.train(was_training)
-    return np.asarray(vectors, dtype=np.float32)
+    return np.concatenate(parts).astype(np.float32, copy=False)
 
 
 def evaluate_student(
@@ -46,9 +58,8 @@ def evaluate_student(
     *,
     batch_size: int = 64,
     ks: tuple[int, ...] = (1, 2, 4, 8),
-    cluster: bool = True,
 ) -> Evaluation:
-    """Retrieval (with the catalogue's roles) and clustering metrics of a student.
+    """Retrieval (with the catalogue's roles) and clustering metrics of a student, with a progress bar.
 
     Raises:
         FieldmarkError: the catalogue is empty or has photos without label.
@@ -58,8 +69,8 @@ def evaluate_student(
     labels = list(catalog["label"])
     if any(label is None for label in labels):
         raise FieldmarkError("The catalogue has photos without a label; evaluation needs the class of each.")
-    embeddings = embed_catalog(student, catalog, batch_size=batch_size)
+    with JobProgress("measuring", len(catalog)) as job:
+        embeddings = embed_catalog(student, catalog, batch_size=batch_size, progress=job.update)
     metrics = evaluate_retrieval(embeddings, labels, roles=list(catalog["role"]), ks=ks)
-    if cluster:
-        metrics |= clustering_metrics(embeddings, labels)
+    metrics |= clustering_metrics(embeddings, labels)
     return Evaluation(metrics, embeddings)

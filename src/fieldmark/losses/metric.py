@@ -50,8 +50,8 @@ def potential_field(
     classes, per_class, dim = proxies.shape
     points = F.normalize(torch.cat([embeddings.float(), proxies.float().reshape(-1, dim)]), dim=1)
     owners = torch.cat([labels, torch.arange(classes, device=labels.device).repeat_interleave(per_class)])
-    squared = 2.0 - 2.0 * points @ points.T
-    distance = squared.clamp(min=floor**2).sqrt()
+    # Not by 2 - 2 x.y: what that loses to rounding decides the energy of close points.
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=floor)
     same = owners[:, None] == owners[None, :]
     attraction = -distance.clamp(min=delta).pow(-alpha)
     repulsion = distance.clamp(max=delta).pow(-alpha)
@@ -143,7 +143,8 @@ class MetricLoss(nn.Module):
 
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
         embeddings = self.model(features[0])["sentence_embedding"]
-        return self.metric(gather_with_gradient(embeddings.float()), gather_with_gradient(labels))
+        with torch.autocast(embeddings.device.type, enabled=False):  # close embeddings differ by less than bf16 keeps
+            return self.metric(gather_with_gradient(embeddings.float()), gather_with_gradient(labels))
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def explained_pairs(
                 generator=torch.Generator().manual_seed(seed + number),
             )
             ids, mask = rolled.ids[0], rolled.mask[0]
-            rows = torch.zeros(1, 2, ids.shape[1], dtype=torch.bool)
+            rows = torch.zeros(1, 2, ids.shape[1], dtype=torch.bool, device=ids.device)
             length = int(mask.sum())
             rows[0, :, :length] = attribute_token_spans(teacher.tokenizer, ids[0, :length], domain)
             looked = replay(

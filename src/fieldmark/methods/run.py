@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,9 @@ from fieldmark.evaluation.student import Evaluation, evaluate_student
 from fieldmark.losses.metric import MetricLoss, build_metric_loss
 from fieldmark.methods.trainer import ClassBalancedSteps, last_checkpoint, this_process, training_arguments
 from fieldmark.students.build import build_student
+
+# Settings that a resumed run may change: they say where it lies and how fast it goes, not what is trained.
+CHANGEABLE = ("out", "resume", "workers", "eval_batch_size", "save_steps")
 
 
 @dataclass
@@ -116,10 +121,25 @@ def open_task(config: TrainConfig) -> Task:
     classes = sorted(set(names))
     if len(classes) < 2:
         raise FieldmarkError(f"{config.data} has {len(classes)} training class; at least 2 are needed.")
+    _check_measurable(test, config.data)
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[name] for name in names]
     photos = train.select_columns(["image"]).rename_column("image", "photo").add_column("label", labels)
     return Task(train, test, classes, photos, labels)
+
+
+def _check_measurable(test: datasets.Dataset, source: str) -> None:
+    """Refuses test photos that say nothing, before a folder is made: without a label, or no query with a positive."""
+    labels, roles = test["label"][:], test["role"][:]
+    if any(label is None for label in labels):
+        raise FieldmarkError(f"{source} has test photos without a label; evaluation needs the class of each.")
+    gallery = Counter(label for label, role in zip(labels, roles, strict=True) if role != "query")
+    # A photo that is both never finds itself.
+    found = (gallery[label] > (role == "both") for label, role in zip(labels, roles, strict=True) if role != "gallery")
+    if not any(found):
+        raise FieldmarkError(
+            f"No test photo of {source} has another one of its class to find; give two photos of a class or more."
+        )
 
 
 def check_folder(config: TrainConfig) -> Path:
@@ -135,11 +155,36 @@ def check_folder(config: TrainConfig) -> Path:
 def _prepare_folder(config: TrainConfig, out: Path) -> None:
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise FieldmarkError(f"--out {out} is a file or lies in one; give a folder for the run.")
+    if (out / "metrics.json").exists():
+        raise FieldmarkError(f"--out {out} holds a finished run; give a new folder.")
     if out.is_dir() and any(out.iterdir()) and not config.resume:
         raise FieldmarkError(f"--out {out} is not empty; give a new folder, or --resume true to go on with that run.")
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-    (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(settings, sort_keys=False)
+    if (out / "config.yaml").exists():
+        _check_same_run(out / "config.yaml", config, yaml.safe_load(text))
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _check_same_run(path: Path, config: TrainConfig, settings: dict[str, Any]) -> None:
+    """Refuses to go on with a run under other settings; a setting that its version did not have had the default."""
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise FieldmarkError(f"{path} does not hold the settings of a run; give a new folder for this one.")
+    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    were = {name: stored.get(name, defaults.get(name)) for name in {**settings, **stored} if name not in CHANGEABLE}
+    # A setting that only the other method has is a difference, whatever its value.
+    differ = [name for name in were if name not in settings or were[name] != settings[name]]
+    if differ:
+        changes = ", ".join(f"{name} was {were[name]!r}, is {settings.get(name, 'none')!r}" for name in differ)
+        raise FieldmarkError(
+            f"--out {path.parent} holds a run with other settings ({changes}); "
+            "resume it with its own settings, or give a new folder."
+        )
 
 
 def make_student(config: TrainConfig, source: str) -> SentenceTransformer:
@@ -155,7 +200,20 @@ def make_loss(config: TrainConfig, student: SentenceTransformer, num_classes: in
     torch.manual_seed(config.seed)
     dim = student.get_embedding_dimension()
     assert dim is not None
-    return MetricLoss(student, build_metric_loss(config.loss, num_classes, dim, **(config.loss_options or {})))
+    options = config.loss_options or {}
+    metric = build_metric_loss(config.loss, num_classes, dim, **options)
+    # Most losses look at their options when they are first used, which would be in the first step. Nothing is drawn;
+    # neighbours of two classes, so that mining leaves pairs.
+    points, labels = torch.linspace(-1.0, 1.0, 4 * dim).reshape(4, dim), torch.tensor([0, 1, 0, 1])
+    try:
+        with torch.no_grad():
+            metric(points, labels)
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise FieldmarkError(
+            f"{config.loss} cannot compute with the loss_options {options}; give values of the type that their "
+            "defaults have, see docs/papers.md."
+        ) from error
+    return MetricLoss(student, metric)
 
 
 def make_batches(config: TrainConfig, labels: Sequence[int]) -> ClassBalancedSteps:
@@ -205,9 +263,17 @@ def checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
     step = int(found.name.rpartition("-")[2]) if found else 0
     log = out / "log.jsonl"
     if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     return str(found) if found else None
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; of one that a kill cut short, none that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 def measure(student: SentenceTransformer, test: datasets.Dataset, config: TrainConfig) -> Evaluation:

@@ -29,6 +29,8 @@ kept ones with gradient. Deviations and assumptions, each a setting of :class:`S
    code of Proxy Anchor.
 8. The metric gradient is averaged over a step's micro-batches, so that its weight does not grow with the search for
    pairs.
+9. The attention loss is averaged over all right rollouts of the buffer; one that does not describe both photos adds
+   nothing to it.
 """
 
 from __future__ import annotations
@@ -183,24 +185,24 @@ class SagaTrainer(FieldmarkTrainer):
             if self._total(len(kept)) >= self.config.target_pairs:
                 break
         scale_gradients(self.trained, 1.0 / len(dml))
-        metric_norm = gradient_norms(self.model, self.own_loss).get("tower", 0.0)
         metric_gradient = [None if p.grad is None else p.grad.clone() for p in self.tower.parameters()]
         started = time.perf_counter()
         lm, kl, tokens = self._phase_c(kept)
         replayed = time.perf_counter() - started
-        self._reduce_gradients()
+        self._average([p.grad for p in self._with_gradients()])
+        self._average([gradient for gradient in metric_gradient if gradient is not None])  # for the log alone
         self._note_health(tally, tokens, seconds, replayed, len(dml))
         norms = gradient_norms(self.model, self.own_loss)
-        lm_norm = difference_norm(list(self.tower.parameters()), metric_gradient)
-        self.note(**{"grad_norm/tower_dml": metric_norm, "grad_norm/tower_lm": lm_norm})
+        tower = [p.grad for p in self.tower.parameters()]
+        self.note(**{"grad_norm/tower_dml": difference_norm(metric_gradient, [None] * len(tower))})
+        self.note(**{"grad_norm/tower_lm": difference_norm(tower, metric_gradient)})
         self.note(**{f"grad_norm/{name}": norm for name, norm in norms.items()})
         mean_dml = torch.stack(dml).mean()
         self.note(**{"loss/dml": float(mean_dml), "loss/lm": lm, "loss/kl": kl})
         config = self.config
         return config.lambda_dml * mean_dml + config.lambda_lm * lm + config.lambda_kl * kl
 
-    # -- phase A: the metric loss
-    # ---------------------------------------------------------------------------------------
+    # -- phase A: the metric loss -------------------------------------------------------------------------------------
 
     def _phase_a(self, inputs: dict[str, Any]) -> Tensor:
         """Embeds a micro-batch and back-propagates the metric loss into tower, pooler and proxies."""
@@ -215,10 +217,10 @@ class SagaTrainer(FieldmarkTrainer):
         indices = self.batches.global_batch(step, stream=micro)
         size = len(indices) // self.args.world_size
         own = indices[self.args.process_index * size : (self.args.process_index + 1) * size]
-        return self._prepare_inputs(self.data_collator([self.photos[i] for i in own]))
+        with self.waiting():
+            return self._prepare_inputs(self.data_collator([self.photos[i] for i in own]))
 
-    # -- phase B: rollouts, no gradient
-    # -----------------------------------------------------------------------------------
+    # -- phase B: rollouts, no gradient -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _phase_b(self, step: int, micro: int, have: int, tally: Counter[str]) -> list[Kept]:
@@ -287,7 +289,8 @@ class SagaTrainer(FieldmarkTrainer):
     def _visual(self, photos: list[int]) -> VisualTokens:
         """Tokens of the student's tower for training photos, [len(photos), N, D] with DeepStack."""
         refs = [self.photos[i]["photo"] for i in photos]
-        features = self._prepare_inputs(dict(self.tower.preprocess(refs)))
+        with self.waiting():
+            features = self._prepare_inputs(dict(self.tower.preprocess(refs)))
         with self.compute_loss_context_manager():
             out = self.tower(features)
         dtype = self.teacher.dtype
@@ -297,12 +300,13 @@ class SagaTrainer(FieldmarkTrainer):
         """Mean embedding of each class of the batch, for look-alike partners."""
         refs = [self.photos[i]["photo"] for i in batch]
         self.model.eval()
-        features = self.model(self._prepare_inputs(dict(self.tower.preprocess(refs))))
+        with self.waiting():
+            pixels = self._prepare_inputs(dict(self.tower.preprocess(refs)))
+        features = self.model(pixels)
         self.model.train()
         return class_centroids(labels, features["sentence_embedding"])
 
-    # -- phase C: replay with gradient
-    # --------------------------------------------------------------------------------------
+    # -- phase C: replay with gradient --------------------------------------------------------------------------------
 
     def _phase_c(self, kept: list[Kept]) -> tuple[float, float, int]:
         """Back-propagates policy gradient (into the tower) and attention alignment (into the pooler), pair by pair."""
@@ -371,8 +375,7 @@ class SagaTrainer(FieldmarkTrainer):
                 total = total + len(target) * attention_alignment(target, beta[photo].expand_as(target))
         return total
 
-    # -- processes and health
-    # -----------------------------------------------------------------------------------------------
+    # -- processes and health -----------------------------------------------------------------------------------------
 
     def _total(self, value: Any) -> Any:
         """Sum over processes."""
@@ -392,15 +395,21 @@ class SagaTrainer(FieldmarkTrainer):
         chosen = set(sorted(numbers)[: self.config.target_pairs])
         return [pair for pair in kept if pair.number in chosen]
 
-    def _reduce_gradients(self) -> None:
-        """Averages every trained parameter's gradient over processes."""
+    def _with_gradients(self) -> list[nn.Parameter]:
+        """All trained parameters; under several processes each has a gradient, if a zero one, for all take part."""
+        for parameter in self.trained:
+            if parameter.grad is None and self.args.world_size > 1:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter for parameter in self.trained if parameter.grad is not None]
+
+    def _average(self, gradients: list[Tensor | None]) -> None:
+        """Averages gradients over processes, in place."""
         if self.args.world_size == 1:
             return
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= self.args.world_size
+        for gradient in gradients:
+            assert gradient is not None
+            dist.all_reduce(gradient)
+            gradient /= self.args.world_size
 
     def _note_health(self, tally: Counter[str], tokens: int, seconds: float, replayed: float, micro: int) -> None:
         names = ("rollouts", "valid", "right", "pairs", "tokens", "all_right", "all_wrong")
@@ -444,12 +453,12 @@ def scale_gradients(parameters: list[nn.Parameter], factor: float) -> None:
                 parameter.grad.mul_(factor)
 
 
-def difference_norm(parameters: list[nn.Parameter], before: list[Tensor | None]) -> float:
-    """Norm of what was added to the gradients since `before`."""
+def difference_norm(gradients: list[Tensor | None], before: list[Tensor | None]) -> float:
+    """Norm of what was added to the gradients since `before`; None is zero."""
     square = 0.0
-    for parameter, old in zip(parameters, before, strict=True):
-        if parameter.grad is not None:
-            change = parameter.grad if old is None else parameter.grad - old
+    for gradient, old in zip(gradients, before, strict=True):
+        if gradient is not None:
+            change = gradient if old is None else gradient - old
             square += float(change.float().pow(2).sum())
     return square**0.5
 
@@ -484,9 +493,11 @@ def train(config: SagaConfig) -> Path:
     before = measure(student, task.test, config)
     # 6. Training
     batches = make_batches(config, task.labels)
+    arguments = make_arguments(config, out, batches, loss)
+    teacher.model.to(arguments.device)
     trainer = SagaTrainer(
         model=student,
-        args=make_arguments(config, out, batches, loss),
+        args=arguments,
         train_dataset=task.photos,
         loss=loss,
         batches=batches,
@@ -497,7 +508,6 @@ def train(config: SagaConfig) -> Path:
         task=task,
         config=config,
     )
-    teacher.model.to(trainer.args.device)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
     # 7. The trained student
     after = measure(student, task.test, config)
@@ -530,9 +540,14 @@ def check_settings(config: SagaConfig, teacher: Teacher, domain: Domain) -> None
     """Refuses settings that could teach nothing, before anything is computed."""
     if config.group_size < 2:
         raise FieldmarkError(f"group_size is {config.group_size}; a group needs at least 2 rollouts to differ.")
-    for name in ("target_pairs", "pairs_per_batch", "max_micro_batches"):
-        if getattr(config, name) < 1:
-            raise FieldmarkError(f"{name} is {getattr(config, name)}; give 1 or more.")
+    least = dict.fromkeys(("target_pairs", "pairs_per_batch", "max_micro_batches", "max_new_tokens"), 1)
+    for name, number in {**least, "lambda_dml": 0, "lambda_lm": 0, "lambda_kl": 0}.items():
+        if getattr(config, name) < number:
+            raise FieldmarkError(f"{name} is {getattr(config, name)}; give {number} or more.")
+    for name in ("temperature", "replay_temperature", "top_p"):
+        value = getattr(config, name)
+        if value is not None and (not value > 0 or (name == "top_p" and value > 1)):
+            raise FieldmarkError(f"{name} is {value}; give a number above 0{' up to 1' if name == 'top_p' else ''}.")
     layer = config.attention_layer
     if layer is not None and not 0 <= layer < teacher.layers:
         raise FieldmarkError(
@@ -543,12 +558,19 @@ def check_settings(config: SagaConfig, teacher: Teacher, domain: Domain) -> None
 
 
 def check_tower(tower: VisionTower, teacher: Teacher) -> None:
-    """The teacher must understand the student's tokens: they have its width, and its tower made them."""
-    if tower.token_dim != teacher.hidden_size:
+    """The teacher must understand the student's tokens: the tower is of its own tower's kind and size.
+
+    Raises:
+        FieldmarkError: it is not.
+    """
+    theirs, ours = teacher.model.config.vision_config, tower.encoder.config
+    names = ("architecture", "depth", "num_hidden_layers", "hidden_size", "patch_size", "deepstack_visual_indexes")
+    same = type(theirs) is type(ours) and all(getattr(theirs, n, None) == getattr(ours, n, None) for n in names)
+    if not same or tower.token_dim != teacher.hidden_size:
         raise FieldmarkError(
-            f"The student's tower gives tokens of width {tower.token_dim}, the teacher reads width "
-            f"{teacher.hidden_size}; start the student from the teacher's own tower (leave --student out), "
-            "or fit a projector first."
+            f"The student's tower ({type(ours).model_type}, tokens of width {tower.token_dim}) is not the teacher's "
+            f"({type(theirs).model_type}, width {teacher.hidden_size}), whose tokens it reads; start the student from "
+            "the teacher's own tower (leave --student out), or fit a projector first."
         )
 
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +93,21 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
         if self.is_world_process_zero():
             self.add_callback(_JsonLines(log_path))
             self.add_callback(_Progress(description))
+            print(what_is_trained(self.own_loss), file=sys.stderr)
 
     def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self.batches
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What runs inside counts as waiting for data."""
         start = time.perf_counter()
-        samples = super().get_batch_samples(*args, **kwargs)
+        yield
         self._wait += time.perf_counter() - start
-        return samples
 
     def note(self, **values: float) -> None:
         """Keeps health numbers of this step; the next log line has their means."""
@@ -183,6 +191,20 @@ def _part(name: str) -> str:
     return "merger" if re.search(r"merger|projector", name) else "tower"
 
 
+def what_is_trained(loss: Any) -> str:
+    """One line a run starts with: parameters per part, trained and frozen."""
+    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    named = [(_part(name), p) for name, p in loss.model.named_parameters()]
+    named += [("proxies", p) for name, p in loss.named_parameters() if not name.startswith("model.")]
+    for part, parameter in named:
+        chosen = counts[parameter.requires_grad]
+        chosen[part] = chosen.get(part, 0) + parameter.numel()
+    trained, frozen = (
+        ", ".join(f"{part} {n:,}" for part, n in counts[kind].items()) or "none" for kind in (True, False)
+    )
+    return f"parameters trained: {trained}; frozen: {frozen}"
+
+
 class _JsonLines(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -190,7 +212,8 @@ class _JsonLines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or ("loss" not in logs and "message" not in logs):
             return
-        record = {"step": state.global_step}
+        # A message is said during a step, numbers when it is done: a resumed run must not keep words of steps to come.
+        record = {"step": state.global_step + ("message" in logs)}
         record |= {key: round(v, 6) if isinstance(v, float) else v for key, v in logs.items() if key != "epoch"}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

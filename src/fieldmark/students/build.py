@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
 from fieldmark.errors import FieldmarkError
@@ -65,7 +66,8 @@ def load_student(path: str | Path, device: str | None = None) -> SentenceTransfo
         device: Where to put it; None lets sentence-transformers choose.
 
     Raises:
-        FieldmarkError: If this is not a student, or its ``modules.json`` names a class of another package.
+        FieldmarkError: If this is not a student, its ``modules.json`` names a class of another package, or one of its
+            files is missing or broken.
     """
     checkpoint = Checkpoint(path)
     if not is_student(checkpoint):
@@ -77,7 +79,13 @@ def load_student(path: str | Path, device: str | None = None) -> SentenceTransfo
         raise FieldmarkError(
             f"{path} wants to run {foreign[0]}, which is not part of fieldmark; load it yourself if you trust it"
         )
-    return SentenceTransformer(str(path), device=device, trust_remote_code=True)
+    try:
+        return SentenceTransformer(str(path), device=device, trust_remote_code=True)
+    # Weights cut short; JSON cut short or weights missing; a setting missing in a config.json.
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise FieldmarkError(
+            f"{path} is a student with a missing or broken file ({error}); copy or download it again"
+        ) from error
 
 
 def _adapt(

@@ -123,9 +123,8 @@ class QwenEncoder(Encoder):
         batch, channels = pixels.shape[:2]
         blocks = self.resolution // (self.patch * self.merge)
         split = pixels.reshape(batch, channels, *(blocks, self.merge, self.patch) * 2)
-        patches = split.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(
-            6
-        )  # B, block row, block column, row, column, C, T, P, P
+        # B, block row, block column, row, column, C, T, P, P
+        patches = split.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
         frames = self.config.temporal_patch_size
         return patches.expand(*(-1,) * 6, frames, -1, -1).reshape(batch * self.patches_per_image, -1)
 

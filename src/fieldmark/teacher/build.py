@@ -1,12 +1,13 @@
 """`fieldmark build-teacher`: a small teacher for a catalogue with attributes, when no public multimodal LLM serves.
 
-1. The catalogue's teacher part: classes that are neither trained on nor tested by any student.
+1. The catalogue's teacher part: classes of its own where the source keeps some apart (aviary, grocery), else its train
+   rows.
 2. A tokenizer for the answers it will give.
 3. A body: Qwen3-VL's architecture, made from nothing; or, with `--tower`, a pre-trained vision network, a projector
    and a small language model (`composed`).
 4. The tower learns to read attributes; a pre-trained one stays as it is and its projector is fitted (`reading`).
 5. The language model learns to say them and to give a verdict (`speaking`).
-6. An examination on classes it has never seen (`examine`), a card, safetensors (bf16; float32 with a pre-trained tower,
+6. An examination on the student's classes (`examine`), a card, safetensors (bf16; float32 with a pre-trained tower,
    whose batch statistics bf16 would round).
 
 A killed build goes on where the last finished stage ended (`--resume true`).
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class BuildConfig:
         language_batch: pairs of photos a step.
         language_drills: comparisons of made-up items a step.
         language_learning_rate: its peak.
-        views: mirrored and shifted views kept of each photo for the language stage.
+        views: views kept of each photo for the language stage, every second one mirrored.
         max_photos: photos of the teacher part that are used for the language stage, spread over the classes.
         resolution: side of the square photo.
         exam_pairs: pairs of the examination.
@@ -101,6 +102,7 @@ class BuildConfig:
 def build_teacher(config: BuildConfig) -> Path:
     """Builds, examines and saves a teacher; returns its folder."""
     started = time.time()
+    _check_out(config)
     # 1. Catalogue, the examination's too: what it lacks is said before anything is trained
     catalog = load_catalog(config.data, part="teacher")
     attributes = class_attributes(catalog)
@@ -108,7 +110,7 @@ def build_teacher(config: BuildConfig) -> Path:
     for rows in unseen.values():
         class_attributes(rows)
     torch.manual_seed(config.seed)
-    domain = domain_for_attributes(list(next(iter(attributes.values()))))
+    domain = domain_for_attributes(list(catalog.features["attributes"]))  # all names: no item need have every one
     # 2. Tokenizer, 3. body
     tokenizer = make_tokenizer(_texts(domain, list(attributes.values()), config.seed))
     if config.tower is None:
@@ -142,12 +144,13 @@ def build_teacher(config: BuildConfig) -> Path:
     # 6. Examination, card, weights
     teacher = save_teacher(teacher, out, torch.bfloat16 if config.tower is None else torch.float32)
     results = _examine_unseen(config, teacher, tower, domain, unseen)
-    write_card(out, config, domain, teacher, results, minutes=(time.time() - started) / 60)
+    known = {split for split, rows in unseen.items() if not attributes.keys().isdisjoint(rows["label"])}
+    write_card(out, config, domain, teacher, results, minutes=(time.time() - started) / 60, known=known)
     return out
 
 
 def class_attributes(catalog: datasets.Dataset) -> dict[str, dict[str, str]]:
-    """Attributes of each class: those of its first item; names that no item has are left out.
+    """Attributes of each class: those of its first item; names that this item does not have are left out.
 
     Raises:
         FieldmarkError: rows without label or attributes, too few classes, or too few photos to pair.
@@ -315,20 +318,32 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int, float], N
         yield lambda done, loss: job.update(done, f"loss {loss:.3f}" if loss else "")
 
 
-def _open_folder(config: BuildConfig) -> Path:
+def _check_out(config: BuildConfig) -> None:
     out = Path(config.out)
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise FieldmarkError(f"--out {out} is a file or lies in one; give a folder for the teacher.")
     if out.is_dir() and any(out.iterdir()) and not config.resume:
         raise FieldmarkError(f"--out {out} is not empty; give a new folder, or --resume true to go on with that build.")
+
+
+def _open_folder(config: BuildConfig) -> Path:
+    out = Path(config.out)
     (out / "stages").mkdir(parents=True, exist_ok=True)
     return out
 
 
 def write_card(
-    out: Path, config: BuildConfig, domain: Domain, teacher: Teacher, results: dict[str, Examination], minutes: float
+    out: Path,
+    config: BuildConfig,
+    domain: Domain,
+    teacher: Teacher,
+    results: dict[str, Examination],
+    *,
+    minutes: float,
+    known: Collection[str] = (),
 ) -> None:
-    """`README.md` and `card.json`: how the teacher was made and how it did on classes it never saw."""
+    """`README.md` and `card.json`: how the teacher was made and how it did; `known` names the student's splits whose
+    classes the teacher has seen."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
     parameters = sum(p.numel() for p in teacher.model.parameters())
     card = {
@@ -345,15 +360,21 @@ def write_card(
         f"| {name.replace('_', ' ')} | {value} | {results['train'].as_dict()[name]} |"
         for name, value in results["test"].as_dict().items()
     )
+    tower = f"{config.tower_steps} steps" if config.tower is None else f"`{config.tower}` as it is, a projector fitted"
+    classes, examined = "classes that no student trains on or is tested on", "classes it has never seen"
+    if known:
+        classes = "its train rows, which a student trains on too"
+        seen = " and ".join(split for split in ("train", "test") if split in known)
+        examined = f"the student's classes (those of its {seen} rows it has seen while it was made)"
     (out / "README.md").write_text(
         f"""# A small teacher, built by `fieldmark build-teacher`
 
 {parameters / 1e6:.1f} M parameters, {teacher.model_type}, made from the teacher part of
-`{Path(config.data.split(":")[0]).name}` (classes that no student trains on or is tested on); tower:
-{config.tower_steps} steps, language: {config.language_steps} steps. It answers one question, in the wording of the
+`{Path(config.data.split(":")[0]).name}` ({classes}); tower:
+{tower}, language: {config.language_steps} steps. It answers one question, in the wording of the
 domain `{domain.name}`, and knows nothing else.
 
-Examined on classes it has never seen, {config.exam_pairs} balanced pairs, 8 rollouts each at temperature 0.7, top-p
+Examined on {examined}, {config.exam_pairs} balanced pairs, 8 rollouts each at temperature 0.7, top-p
 0.95. *Look-alikes*: test classes, the different half are the nearest classes by attributes. *Training pairs*: the
 student's training classes, different ones drawn at random, as SAGA draws them.
 

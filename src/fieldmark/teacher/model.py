@@ -89,7 +89,7 @@ class Teacher:
         self.layers: int = text_config.num_hidden_layers
         self.uses_mrope = "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
         self.deepstack_layers = len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ())
-        self._prompts: dict[tuple[str, int, int], Prompt] = {}
+        self._prompts: dict[tuple[str, int, int, torch.device], Prompt] = {}
 
     @classmethod
     def load(
@@ -144,9 +144,9 @@ class Teacher:
         Raises:
             FieldmarkError: when the processor would not make `tokens_per_image` placeholders of one image.
         """
-        key = (text, n_images, tokens_per_image)
+        key = (text, n_images, tokens_per_image, self.device)
         if key not in self._prompts:
-            self._prompts[key] = self._build_prompt(*key)
+            self._prompts[key] = self._build_prompt(text, n_images, tokens_per_image)
         return self._prompts[key]
 
     @torch.no_grad()

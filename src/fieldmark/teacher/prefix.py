@@ -171,9 +171,8 @@ def rollout(
     logprobs = torch.zeros(total, max_new_tokens, device=device)
     own = [CompletionLayer() for _ in range(teacher.layers)]
     cache = Cache(layers=list(own))
-    rows = torch.arange(
-        total, device=device
-    )  # completions still computed; whole pairs leave when all their G have ended
+    # Completions still computed; whole pairs leave when all their G have ended.
+    rows = torch.arange(total, device=device)
     ended = torch.zeros(total, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         uniform = torch.cat([torch.rand(n, generator=g, device=g.device) for g, n in streams]).to(device)[rows]

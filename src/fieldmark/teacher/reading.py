@@ -119,7 +119,7 @@ class PhotoSource(Dataset):
         ref = self.refs[index]
         cover = torch.zeros(0)
         if self.drawn:
-            drawing = draw_with_masks_uri(ref)
+            drawing = draw_with_masks_uri(ref, size=self.tower.resolution)  # masks that the tokens' grid divides
             photo: Any = drawing.image
             masks = np.stack([drawing.masks[name] for name in self.table.names]).astype(np.float32)
             cell = masks.shape[-1] // self.side
