@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,6 +21,7 @@ from fieldmark.teacher.compare import (
     load_domain,
     parse_verdict,
 )
+from fieldmark.teacher.speaking import PhotoBank, drill
 
 BIRD = load_domain("aviary", attributes=["bill shape", "crown", "breast"])
 RED = {"bill shape": "hooked", "crown": "rød 🐦 crête", "breast": "plain"}
@@ -316,3 +318,22 @@ def test_spans_ignore_what_follows_the_end_token_and_survive_random_bytes(byte_l
     rng = random.Random(1)
     noise = [rng.randrange(len(byte_level)) for _ in range(200)]
     assert attribute_token_spans(byte_level, noise, BIRD).shape == (2, 200)
+
+
+def test_drills_compare_what_they_say():
+    """Every yes or no follows from the two values before it, the verdict from all of them; many marks differ."""
+    rows = [
+        {"bill shape": b, "crown": c, "breast": "plain"} for b in ("hooked", "flat") for c in ("red", "blue", "white")
+    ]
+    bank = PhotoBank(torch.zeros(0), np.zeros(0, dtype=int), rows)
+    rng = np.random.default_rng(0)
+    counts = []
+    for _ in range(200):
+        answer = json.loads(drill(BIRD, bank, rng))
+        one, other = answer["bird_1"], answer["bird_2"]
+        said = [f"{n} {one[n]} {other[n]} {'no' if one[n] == other[n] else 'yes'}" for n in BIRD.attributes]
+        assert answer["differences"] == ", ".join(said)
+        assert answer["same_species"] == ("yes" if one == other else "no")
+        counts.append(sum(one[name] != other[name] for name in one))
+    assert {0, 1, 2} == set(counts), "breast has one value and never differs"
+    assert counts.count(2) > 30

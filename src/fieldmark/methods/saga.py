@@ -189,7 +189,7 @@ class SagaTrainer(FieldmarkTrainer):
         started = time.perf_counter()
         lm, kl, tokens = self._phase_c(kept)
         replayed = time.perf_counter() - started
-        self._average([p.grad for p in self._with_gradients()])
+        self._average(self._gradients())
         self._average([gradient for gradient in metric_gradient if gradient is not None])  # for the log alone
         self._note_health(tally, tokens, seconds, replayed, len(dml))
         norms = gradient_norms(self.model, self.own_loss)
@@ -395,21 +395,19 @@ class SagaTrainer(FieldmarkTrainer):
         chosen = set(sorted(numbers)[: self.config.target_pairs])
         return [pair for pair in kept if pair.number in chosen]
 
-    def _with_gradients(self) -> list[nn.Parameter]:
-        """All trained parameters; under several processes each has a gradient, if a zero one, for all take part."""
+    def _gradients(self) -> list[Tensor]:
+        """Of all trained parameters; under several processes each has one, if zero, for all must take part."""
         for parameter in self.trained:
             if parameter.grad is None and self.args.world_size > 1:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter for parameter in self.trained if parameter.grad is not None]
+        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
 
-    def _average(self, gradients: list[Tensor | None]) -> None:
+    def _average(self, gradients: list[Tensor]) -> None:
         """Averages gradients over processes, in place."""
-        if self.args.world_size == 1:
-            return
-        for gradient in gradients:
-            assert gradient is not None
-            dist.all_reduce(gradient)
-            gradient /= self.args.world_size
+        if self.args.world_size > 1:
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+                gradient /= self.args.world_size
 
     def _note_health(self, tally: Counter[str], tokens: int, seconds: float, replayed: float, micro: int) -> None:
         names = ("rollouts", "valid", "right", "pairs", "tokens", "all_right", "all_wrong")
