@@ -15,6 +15,7 @@ from fieldmark.errors import FieldmarkError
 # command -> what it does; its module is fieldmark.commands.NAME (dashes become underscores) with `run(argv)`
 COMMANDS = {
     "quickstart": "drawn birds and the embedded teacher: a control and SAGA, a table and a report",
+    "inspect": "what a catalogue holds, what is wrong with it, and what it can be used for",
     "train": "train a student by one of the methods",
     "evaluate": "measure a student on a catalogue",
     "embed": "write a student's vectors of a catalogue to a Parquet file",

@@ -64,10 +64,24 @@ def parse(
             default: dict[str, Any] = {"required": True} if given is MISSING else {"default": given}
             parser.add_argument(f"--{field.name}", type=hints[field.name], help=text, **default)
     try:
-        values = parser.parse_args(list(argv)).as_dict()
+        values = parser.parse_args(_bracketed(argv, hints)).as_dict()
     except ArgumentError as error:
         raise FieldmarkError(_sentence(str(error), hints, positional, prog)) from error
     return options(**{field.name: values[field.name] for field in fields(options)})  # type: ignore[arg-type]
+
+
+def _bracketed(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """The arguments with `--ks 1,10` written as `--ks [1,10]`, which is how jsonargparse takes a list."""
+    lists = {f"--{name}" for name, hint in hints.items() if typing.get_origin(hint) is list}
+    written: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if equals and flag in lists and not value.startswith("["):
+            word = f"{flag}=[{value}]"
+        elif written and written[-1] in lists and not word.startswith(("[", "-")):
+            word = f"[{word}]"
+        written.append(word)
+    return written
 
 
 def positive(name: str, value: int) -> None:
@@ -109,10 +123,10 @@ def _sentence(message: str, hints: dict[str, Any], positional: Collection[str], 
     if match := re.match(r"[Oo]ption '([^']+)' is not accepted", message):
         return f"Unknown key {match[1]!r} in the config file; {_nearest(match[1], list(hints), '', prog)}"
     if match := re.match(r"the following arguments are required: (.+)", message):
-        names = [name.strip() for name in match[1].split(",")]
+        names = sorted((name.strip() for name in match[1].split(",")), key=lambda name: name not in positional)
         missing = ", ".join(name.upper() if name in positional else f"--{name}" for name in names)
         return f"{missing} {'is' if len(names) == 1 else 'are'} missing; see `{prog} --help`."
-    if match := re.match(r"argument --([\w.]+): expected one argument", message):
+    if match := re.match(r"argument --([\w.]+)(?:/\S+)?: expected one argument", message):
         return f"--{match[1]} was given without a value; expected {_expected(match[1], hints)}."
     if match := re.match(r'Parser key "config": File does not exist: (.+)', message):
         return f"The config file {match[1]} does not exist; give the path of a YAML file."

@@ -45,6 +45,11 @@ def number(value: float | None, name: str = "") -> str:
     return str(int(value)) if name.startswith("n_") else f"{value:.3f}"
 
 
+def interval(bounds: tuple[float, float] | None) -> str:
+    """An interval as text, empty where there is none."""
+    return "" if bounds is None else " – ".join(number(bound) for bound in bounds)
+
+
 def quiet_libraries() -> None:
     """Leaves the terminal to our own lines: no warnings, notes and weight-loading bars of the libraries below us.
 

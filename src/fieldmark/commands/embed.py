@@ -8,26 +8,29 @@ from typing import Literal
 
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import console, quiet_libraries
+from fieldmark.data.options import CatalogOptions, read_catalog
 from fieldmark.errors import FieldmarkError
 
 
 @dataclass
-class EmbedOptions:
+class EmbedOptions(CatalogOptions):
     """Arguments of `embed`.
 
     Attributes:
         model: run folder, model folder or hub id of a student.
-        data: source of the catalogue.
-        out: Parquet file to write, with the columns item_id, label, split, role and embedding.
+        out: Parquet file to write, with the columns item_id, label, split, role and embedding; photos that were
+            skipped are listed beside it in a file that ends in .bad_files.csv.
         split: part of the catalogue; null embeds all of it.
         batch_size: photos embedded at once.
     """
 
     model: str
-    data: str
     out: str
     split: Literal["train", "val", "test"] | None = None
     batch_size: int = 64
+
+
+EmbedOptions.__doc__ = f"{CatalogOptions.__doc__}\n{EmbedOptions.__doc__}"
 
 
 def run(argv: list[str]) -> None:
@@ -41,19 +44,28 @@ def run(argv: list[str]) -> None:
     )
     positive("batch_size", options.batch_size)
     out = check_file(Path(options.out))
+    bad_files = out.with_suffix(".bad_files.csv")
+    if options.bad_photos == "skip" and bad_files.exists():
+        raise FieldmarkError(f"{bad_files} exists; give --out another name, or delete it first.")
     quiet_libraries()
     from fieldmark.commands.models import load_model
-    from fieldmark.data.catalog import load_catalog, select_split
+    from fieldmark.data.catalog import select_split
+    from fieldmark.data.checks import write_bad_photos
     from fieldmark.evaluation.vectors import write_vectors
     from fieldmark.progress import JobProgress
 
-    catalog = load_catalog(options.data)
+    catalog, bad = read_catalog(options)
     if options.split is not None:
         catalog = select_split(catalog, options.split)
+        bad = [one for one in bad if one.split == options.split]
     student = load_model(options.model)
     with JobProgress("photos", len(catalog)) as job:
         dim = write_vectors(student, catalog, out, batch_size=options.batch_size, progress=job.update)
+    if options.bad_photos == "skip":
+        write_bad_photos(bad, bad_files)
     console().print(f"{len(catalog)} vectors of {dim} numbers: {out}", markup=False, highlight=False, soft_wrap=True)
+    if bad:
+        console().print(f"{len(bad)} photos left out: {bad_files}", markup=False, highlight=False, soft_wrap=True)
 
 
 def check_file(out: Path) -> Path:

@@ -132,7 +132,7 @@ def sample_pairs(
         raise FieldmarkError(f"pairs of kind {kind!r} were asked for; expected one of {', '.join(PAIR_KINDS)}")
     if count < 0 or count % world_size:
         raise FieldmarkError(f"{count} pairs were asked for; expected a multiple of the {world_size} processes")
-    draw = _PairDraw(labels, centroids, neighbours, _random(seed, epoch, _PAIRS, step))
+    draw = _PairDraw(labels, centroids, neighbours, stable_random(seed, epoch, _PAIRS, step))
     kinds = [kind] * count
     if kind == "balanced":
         n_same = (count + step % 2) // 2
@@ -152,7 +152,8 @@ def class_centroids(labels: Labels, embeddings: Any) -> dict[Hashable, np.ndarra
     return {label: vectors[items].mean(axis=0) for label, items in _groups(labels).items()}
 
 
-def _random(*key: int) -> np.random.Generator:
+def stable_random(*key: int) -> np.random.Generator:
+    """A generator that depends on the numbers alone: seed, epoch, step, and whatever tells streams apart."""
     if min(key) < 0:
         raise FieldmarkError(f"seed, epoch and step were {key}; expected numbers from 0")
     return np.random.default_rng(key)
@@ -211,24 +212,24 @@ def _deal(n: int, take: int, turn: int, key: tuple[int, ...]) -> tuple[np.ndarra
     Each round deals every card once, and with n >= take no turn gets a card twice. Returns cards and round of each.
     """
     if n < take:  # every turn gets all cards, as evenly as possible
-        shuffles = [_random(*key, turn, again).permutation(n) for again in range(-(-take // n))]
+        shuffles = [stable_random(*key, turn, again).permutation(n) for again in range(-(-take // n))]
         return np.concatenate(shuffles)[:take], np.full(take, turn)
     places = turn * take + np.arange(take)
     rounds = places // n
     if n < 2 * take:  # two rounds meet in nearly every turn: keep one order, so that no card comes twice
-        return _random(*key).permutation(n)[places % n], rounds
+        return stable_random(*key).permutation(n)[places % n], rounds
     orders = {number: _round_order(n, take, number, key) for number in set(rounds.tolist())}
     return np.array([orders[number][place % n] for number, place in zip(rounds.tolist(), places.tolist())]), rounds
 
 
 def _round_order(n: int, take: int, number: int, key: tuple[int, ...]) -> np.ndarray:
     """Order of one round, n >= 2 * take. Its first cards share a turn with the last of the round before: all differ."""
-    order = _random(*key, number).permutation(n)
+    order = stable_random(*key, number).permutation(n)
     carried = (number * n) % take
     if not carried:
         return order
     # what is moved lies within the first `take` cards of a round, so these last cards are where they were shuffled to
-    last = _random(*key, number - 1).permutation(n)[-carried:]
+    last = stable_random(*key, number - 1).permutation(n)[-carried:]
     first = order[~np.isin(order, last)][: take - carried]
     return np.concatenate([first, order[~np.isin(order, first)]])
 

@@ -1,36 +1,51 @@
 """Any source becomes one table: the catalogue, a `datasets.Dataset` with the columns of `COLUMNS`.
 
-Paths travel, pixels come last: `image` is an absolute path, an `aviary://` uri or the bytes of an image file, and is
-decoded by `photos.open_photo`.
+Paths travel, pixels come last: `image` is an absolute path, an `aviary://` or `tar://` uri or the bytes of an image
+file, and is decoded by `photos.open_photo`.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
+import logging
+import unicodedata
 from collections import Counter
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, concatenate_datasets
 
-from fieldmark.data.readers import COLUMNS, SPLIT_NAMES, TABLE_SUFFIXES, Row, read_folder, read_table
+from fieldmark.data.columns import ColumnMap
+from fieldmark.data.readers import COLUMNS, PHOTO_SUFFIXES, SPLIT_NAMES, TEACHER, Row, shortened
+from fieldmark.data.sources import read_source
 from fieldmark.errors import FieldmarkError
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("student", "teacher")
 ROLES = ("query", "gallery", "both")
-PHOTOS_PER_SPECIES = 20
-_SOURCES = "aviary, aviary:PHOTOS_PER_SPECIES, grocery:DIR, a folder, or a .csv, .jsonl or .parquet file"
 
 
-def load_catalog(source: str, *, part: str = "student") -> Dataset:
+def load_catalog(
+    source: str,
+    *,
+    part: str = "student",
+    columns: Mapping[str, str] | None = None,
+    attribute_columns: Sequence[str] = (),
+) -> Dataset:
     """Read a source.
 
     Args:
-        source: `aviary` or `aviary:PHOTOS_PER_SPECIES` (drawn birds), `grocery:DIR` (see `grocery`), a folder with one
-            directory a class (also below `train`, `val`, `test`), or a CSV, JSONL or Parquet file with a column
-            `image` and any of the other columns.
+        source: `aviary` or `aviary:PHOTOS_PER_SPECIES` (drawn birds), NAME:DIR of a public data set (see
+            `benchmarks`), a folder with one directory a class (also below `train`, `val`, `test`, `teacher`), a CSV,
+            JSONL or Parquet file with a column `image` and any of the other columns, a hub id `OWNER/NAME` or
+            `OWNER/NAME@REVISION`, a folder made by `save_to_disk`, or webdataset shards (`wds:PATTERN`, a .tar file, a
+            folder of them).
         part: `student` for the rows that a student is trained and measured on, `teacher` for those that a teacher may
-            be built from: classes of their own (aviary, grocery), else the rows that the source itself calls `train`.
+            be built from: photos of their own (aviary, grocery, fashion, the split `teacher` of a table or folder),
+            else the rows that the source itself calls `train`, with a warning.
+        columns: catalogue column -> what it is called in a table, hub data set or shard.
+        attribute_columns: columns there that are attributes.
 
     Returns:
         Columns `item_id` (unique str), `image` (str or bytes), `label`, `title` (str or None), `attributes` (dict of
@@ -39,27 +54,24 @@ def load_catalog(source: str, *, part: str = "student") -> Dataset:
         attributes share their names: one that a row does not have is None there.
 
     Raises:
-        FieldmarkError: unknown source, missing file, empty catalogue, repeated item_id, wrong split or role.
+        FieldmarkError: unknown source, missing file or column, empty catalogue, repeated item_id, wrong split or role.
     """
     if part not in PARTS:
         raise FieldmarkError(f"part {part!r} was given; expected one of {', '.join(PARTS)}")
-    rows, has_parts = _read(source, part)
-    if not rows:
-        raise FieldmarkError(f"{source} holds no photo; expected {_SOURCES}")
-    _check_ids(rows, source)
-    for row in rows:
+    found = read_source(source, part, ColumnMap(columns or {}, attribute_columns))
+    if not found.rows:
+        raise FieldmarkError(
+            f"{source} holds no photo; expected one directory of photos a class ({', '.join(PHOTO_SUFFIXES)}), or rows"
+        )
+    _check_ids(found.rows, source)
+    for row in found.rows:
         row["split"], row["role"] = _split(row.get("split"), row, source), _role(row.get("role"), row, source)
-    has_splits = any(row["split"] is not None for row in rows)
-    if part == "teacher" and not has_parts:
-        rows = [row for row in rows if row["split"] == "train"]
-        if not rows:
-            raise FieldmarkError(
-                f"{source} has no rows for a teacher: a teacher may not be built from what its student is measured on; "
-                "give a source with a split column or folders that say train"
-            )
-    elif not has_splits:
+        if row.get("label") is not None:
+            row["label"] = unicodedata.normalize("NFC", row["label"])  # macOS writes names decomposed
+    rows = found.rows if found.has_parts else _rows_of_part(found.rows, part, source)
+    if not any(row["split"] is not None for row in rows):
         _split_zero_shot(rows)
-    return _dataset(rows, source)
+    return _dataset(rows, source, found.images)
 
 
 def select_split(catalog: Dataset, split: str) -> Dataset:
@@ -76,34 +88,45 @@ def select_split(catalog: Dataset, split: str) -> Dataset:
     return catalog.select(chosen)
 
 
-def _read(source: str, part: str) -> tuple[list[Row], bool]:
-    """Rows of a source, and whether the source itself keeps teacher and student apart."""
-    prefix, colon, rest = source.partition(":")
-    if prefix == "aviary":
-        return _read_aviary(rest if colon else str(PHOTOS_PER_SPECIES), part), True
-    if prefix == "grocery" and colon:
-        from fieldmark.data.grocery import read_grocery
+def fingerprint(catalog: Dataset) -> str:
+    """SHA-256 over the sorted lines `item_id, label, split, role`: two people with the same one measure the same.
 
-        return read_grocery(Path(rest), part), True
-    path = Path(source)
-    if colon and re.fullmatch(r"[A-Za-z][\w-]+", prefix) and not path.exists():
-        raise FieldmarkError(f"the source {source!r} has the unknown prefix {prefix!r}; expected {_SOURCES}")
-    if not source or not path.exists():
-        raise FieldmarkError(f"the source {source!r} does not exist; expected {_SOURCES}")
-    if path.is_dir():
-        return read_folder(path.absolute()), False
-    if path.suffix.lower() not in TABLE_SUFFIXES:
-        raise FieldmarkError(f"the source {source!r} ends in {path.suffix!r}; expected {_SOURCES}")
-    return read_table(path.absolute()), False
+    The photos' pixels are not part of it.
+    """
+    columns = [catalog[name][:] for name in ("item_id", "label", "split", "role")]
+    lines = sorted("\t".join(str(value) for value in line) for line in zip(*columns, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _read_aviary(photos_per_species: str, part: str) -> list[Row]:
-    from fieldmark.data.aviary import aviary_rows
-
-    if not photos_per_species.isascii() or not photos_per_species.isdigit() or int(photos_per_species) < 1:
-        raise FieldmarkError(f"aviary:{photos_per_species} was given; expected a number of photos, such as aviary:20")
-    parts = ("teacher",) if part == "teacher" else ("train", "test")
-    return [row for name in parts for row in aviary_rows(name, int(photos_per_species))]
+def _rows_of_part(rows: list[Row], part: str, source: str) -> list[Row]:
+    """Rows of the split `teacher` are the teacher's alone; without any, a teacher is built from those of `train`."""
+    own = [row for row in rows if row["split"] == TEACHER]
+    others = [row for row in rows if row["split"] != TEACHER]
+    if part == "student":
+        if not others:
+            raise FieldmarkError(f"{source} has only rows of the split {TEACHER!r}; add rows of train and test")
+        return others
+    if own:
+        shared = sorted({row["label"] for row in own if row.get("label")} & {row.get("label") for row in others})
+        if shared:
+            logger.warning(
+                "%s: %d classes of the teacher are the student's too (%s): it judges them as if it knew them",
+                source, len(shared), shortened(shared),
+            )  # fmt: skip
+        return [row | {"split": "train"} for row in own]
+    train = [row for row in others if row["split"] == "train"]
+    if not train:
+        raise FieldmarkError(
+            f"{source} has no rows for a teacher: a teacher may not be built from what its student is measured on; "
+            "give a source with a split column or folders that say teacher or train"
+        )
+    logger.warning(
+        "%s has no rows of the split %r: the teacher is built from the student's own training photos, which it will "
+        "judge as if it knew them",
+        source,
+        TEACHER,
+    )
+    return train
 
 
 def _check_ids(rows: list[Row], source: str) -> None:
@@ -117,7 +140,7 @@ def _split(value: str | None, row: Row, source: str) -> str | None:
         return None
     if value.strip().lower() not in SPLIT_NAMES:
         raise FieldmarkError(
-            f"{source}: item {row['item_id']!r} has split {value!r}; expected train, val, test or none"
+            f"{source}: item {row['item_id']!r} has split {value!r}; expected train, val, test, teacher or none"
         )
     return SPLIT_NAMES[value.strip().lower()]
 
@@ -139,7 +162,7 @@ def _split_zero_shot(rows: list[Row]) -> None:
             row["split"] = "train" if row["label"] in train else "test"
 
 
-def _dataset(rows: list[Row], source: str) -> Dataset:
+def _dataset(rows: list[Row], source: str, images: Dataset | None) -> Dataset:
     kinds = {type(row["image"]) for row in rows}
     if len(kinds) > 1:
         raise FieldmarkError(f"{source} mixes image paths and image bytes; expected one of both in all rows")
@@ -151,4 +174,9 @@ def _dataset(rows: list[Row], source: str) -> Dataset:
     columns["attributes"] = [
         {name: given.get(name) for name in names} if given else None for given in columns["attributes"]
     ]
-    return Dataset.from_dict(columns, features=Features(types))
+    if images is None:
+        return Dataset.from_dict(columns, features=Features(types))
+    stored = images.select(columns.pop("image"))
+    types.pop("image")
+    known = Dataset.from_dict(columns, features=Features(types))
+    return concatenate_datasets([known, stored], axis=1).select_columns(list(COLUMNS))

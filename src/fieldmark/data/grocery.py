@@ -19,7 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fieldmark.data.readers import Row, read_csv
+from fieldmark.data.readers import Row
+from fieldmark.data.tables import read_csv
 from fieldmark.errors import FieldmarkError
 
 PARTS = ("teacher", "train", "test")

@@ -49,6 +49,8 @@ class VisionTower(InputModule):
         tokens_per_image: Tokens of one photo.
         resolution: Side of the square photo in pixels.
         projector: The linear projector, or None.
+        fast_decode: Whether large JPEGs are decoded at a fraction of their size (``load_square``); off unless it is
+            set, and not saved.
     """
 
     config_keys = ["vision_config", "resolution", "image_mean", "image_std", "projector_dim"]  # noqa: RUF012
@@ -63,6 +65,7 @@ class VisionTower(InputModule):
         super().__init__()
         self.encoder = encoder
         self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.fast_decode = False
         self.projector = None if projector_dim is None else nn.Linear(encoder.token_dim, projector_dim)
         self.eval()
 
@@ -136,6 +139,7 @@ class VisionTower(InputModule):
         """
         tower = VisionTower(wrap(self.encoder.model, resolution), self.image_mean, self.image_std)
         tower.projector = self.projector
+        tower.fast_decode = self.fast_decode
         return tower
 
     def __repr__(self) -> str:
@@ -199,7 +203,7 @@ class VisionTower(InputModule):
         Raises:
             FieldmarkError: If a photo cannot be read.
         """
-        squares = np.stack([_square(photo, self.resolution) for photo in inputs])
+        squares = np.stack([_square(photo, self.resolution, self.fast_decode) for photo in inputs])
         pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         mean, std = (
             torch.tensor(x, dtype=torch.float32)[:, None, None] * 255 for x in (self.image_mean, self.image_std)
@@ -258,7 +262,7 @@ def is_composed(checkpoint: Checkpoint) -> bool:
     return (checkpoint.json("config.json") or {}).get("model_type") == ComposedConfig.model_type
 
 
-def _square(photo: Any, resolution: int) -> np.ndarray:
+def _square(photo: Any, resolution: int, fast: bool) -> np.ndarray:
     """One photo as uint8 [R, R, 3]."""
     from fieldmark.data.photos import load_square
 
@@ -270,7 +274,7 @@ def _square(photo: Any, resolution: int) -> np.ndarray:
         raise FieldmarkError(
             f"a photo of type {type(photo).__name__} was given; expected a path, uri, bytes or PIL image"
         )
-    return np.asarray(load_square(photo, resolution))
+    return np.asarray(load_square(photo, resolution, fast=fast))
 
 
 def _vision_config(checkpoint: Checkpoint) -> PretrainedConfig:
