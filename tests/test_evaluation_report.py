@@ -1,8 +1,9 @@
-"""The report: one file, no network, the numbers as given, nothing a label could break."""
+"""The report as text: the numbers as given, nothing fetched, nothing a label could break, pictures and charts."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
@@ -15,8 +16,9 @@ from PIL import Image
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.report import MAX_BYTES, write_report
 from fieldmark.evaluation.report_charts import draw_chart, number_text
-from fieldmark.evaluation.report_images import heat_uri, outline_uri, photo_uri
+from fieldmark.evaluation.report_images import heat_uri, mass_inside, outline_uri, photo_uri
 
+PARTS = ("result", "training", "neighbours", "confused", "teacher", "health", "cost", "settings")
 EVIL = '<script>alert("x")</script> & "quoted" \'name\''
 
 
@@ -42,7 +44,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if "style" not in self.open and "script" not in self.open:
             self.text += data
 
 
@@ -78,7 +80,7 @@ FULL: dict[str, Any] = {
     "table": [
         {
             "model": "start",
-            "recall@1": 0.4127,
+            "recall@1": {"value": 0.4127, "interval": (0.381, 0.444)},
             "map@r": 0.2,
             "nmi": 0.5,
             "nmi_std": 0.012,
@@ -98,6 +100,7 @@ FULL: dict[str, Any] = {
         "Loss": [(step, 1 / step) for step in range(1, 200)],
         "Recall@1": {"start": [(0, 0.41), (10, 0.42)], "SAGA": [(0, 0.41), (10, 0.59)]},
     },
+    "notes": ["SAGA is better on 143 queries, worse on 88."],
     "galleries": [
         {
             "query": photo(3),
@@ -105,6 +108,19 @@ FULL: dict[str, Any] = {
             "results": [(photo(4), "wren", 0.912, True), (photo(5), "dunnock", 0.8, False)],
         }
     ],
+    "confusions": [
+        {
+            "classes": ("dunnock", "wren"),
+            "count": 14,
+            "queries": 16,
+            "differing": [("bill_shape", "hooked", "conical")],
+            "examples": [
+                {"query": (photo(6), "wren"), "wrong": (photo(7), "dunnock"), "missed": (photo(8), "wren")},
+                {"query": (photo(9), "dunnock"), "wrong": (photo(10), "wren")},
+            ],
+        }
+    ],
+    "differing": {"SAGA": [{"differing": 1, "recall@1": 0.515, "n_queries": 1200}]},
     "pairs": [a_pair(), a_pair(verdict_same=None, words="{ broken json", masks=None, teacher_attention=None)],
     "health": {"Mixed groups": {"value": "45 %", "note": "only these teach"}, "Completion length": 61.25},
     "settings": {"learning_rate": 2e-5, "lambda": {"kl": 0.1}, "resume": False, "seeds": [0, 1], "student": None},
@@ -118,9 +134,18 @@ def full(tmp_path_factory):
     return path.read_text(encoding="utf-8")
 
 
-def test_nothing_is_fetched_and_nothing_runs(full):
+def test_nothing_is_fetched_and_only_the_one_script_runs(full):
     source = re.sub(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/=]+", "data:image/", full)
-    assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<iframe|javascript:", source, re.IGNORECASE)
+    assert not re.search(r"https?:|//[a-z]|@import|<link|<iframe|javascript:", source, re.IGNORECASE)
+    (script,) = re.findall(r"<script[^>]*>(.*?)</script>", full, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [a["content"] for tag, a in Page(full).tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.split("; ")[:4] == [
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{digest}'",
+    ]
     for tag, attributes in Page(full).tags:
         assert not any(name.startswith("on") for name in attributes)
         assert attributes.get("src", "data:image/").startswith("data:image/")
@@ -133,12 +158,17 @@ def test_every_link_has_its_target_and_tags_are_balanced(full):
     assert page.open == []
     targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = {attributes["href"][1:] for tag, attributes in page.tags if tag == "a"}
-    assert links == targets == {"result", "training", "neighbours", "teacher", "health", "cost", "settings"}
+    controls = {attributes["for"] for tag, attributes in page.tags if tag == "label"}
+    lists = {attributes["data-filters"] for tag, attributes in page.tags if tag == "select"}
+    assert lists == {"queries", "pairs"}
+    assert controls == {"queries-filter", "pairs-filter"}
+    assert links == targets - lists - controls == {*PARTS}
 
 
 def test_numbers_are_shown(full):
     text = Page(full).text
-    for number in ("41.3", "59.3", "± 1.1", "50.0", "± 1.2", "61.5", "1,234 queries in a gallery of 1,510"):
+    shown = ("41.3", "38.1 – 44.4", "59.3", "± 1.1", "50.0", "± 1.2", "61.5", "1,234 queries in a gallery of 1,510")
+    for number in (*shown, "worse on 88", "14 of 16 queries", "51.5", "1,200 queries"):
         assert number in text
     for fact in ("0.912", "45 %", "only these teach", "61.2", "2e-05", "lambda.kl", "0, 1", "no", "11", "3.1"):
         assert fact in text
@@ -154,7 +184,8 @@ def test_only_the_best_of_a_column_is_marked(full):
 def test_every_picture_has_words(full):
     page = Page(full)
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == 3 + 2 * 3 + 2 * 2 + 2 * 1  # gallery; outlines; heat maps of both; of the pooler only
+    # gallery; confused classes; outlines; heat maps of both; of the pooler only
+    assert len(pictures) == 3 + 5 + 2 * 3 + 2 * 2 + 2 * 1
     assert all(attributes.get("alt", "").strip() for attributes in pictures)
     drawn = [attributes for _, attributes in page.tags if attributes.get("role") == "img"]
     assert len(drawn) == 2 + 4 + 1  # charts, photos of pairs, the colour scale
@@ -163,26 +194,30 @@ def test_every_picture_has_words(full):
 
 def test_right_and_wrong_differ_by_more_than_colour(full):
     text = Page(full).text
-    assert text.count("✓") == 2  # in the legend, at the hit
-    assert text.count("✗") == 2 + 2  # in the legend, at the miss, at both verdicts
+    assert text.count("✓") == 2 + 1  # in the legend, at the hit, at the missed one
+    assert text.count("✗") == 2 + 2 + 2  # in the legend, at the miss, at two found first, at both verdicts
     assert "Truth: different classes. Teacher: same class (wrong)." in text
     assert "Teacher: no valid answer." in text
     assert "1 of 2 right" in text
 
 
 def test_attributes_of_a_pair_say_what_truly_differs(full):
-    rows = re.findall(r'<tr class="([a-z ]*)"><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>', full)
+    rows = re.findall(
+        r'<tr class="([a-z ]*)"><th scope="row">(.*?)</th><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi></td>', full
+    )
     shown = [(kind.split(), re.sub("<.*?>", "", name), left, right) for kind, name, left, right in rows]
     assert shown == [
         (["true", "told"], "≠bill colour", "black", "red"),
         (["true"], "≠eye ring", "–", "–"),
         ([], "crown", "plain", "plain"),
     ]
+    assert "1 attribute described alike" in Page(full).text
     assert "{ broken json" in Page(full).text
 
 
 def test_light_dark_and_phone(full):
     assert "prefers-color-scheme: dark" in full
+    assert "prefers-reduced-motion" in full
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in full
     assert "@media (max-width:" in full
 
@@ -194,17 +229,36 @@ def test_labels_cannot_break_out(tmp_path):
         subtitle=EVIL,
         table=[{"model": EVIL, "recall@1": 0.5, EVIL: EVIL}],
         curves={EVIL: {EVIL: [(0, 1.0), (1, 2.0)]}},
-        galleries=[{"query": photo(), "query_label": EVIL, "results": [(photo(), EVIL, 0.5, True)], "note": EVIL}],
+        notes=[EVIL],
+        galleries=[
+            {
+                "group": EVIL,
+                "query": photo(),
+                "query_label": EVIL,
+                "results": {EVIL: [(photo(), EVIL, 0.5, True)]},
+                "note": EVIL,
+            }
+        ],
+        confusions=[
+            {
+                "classes": (EVIL, EVIL),
+                "count": 1,
+                "queries": 1,
+                "differing": [(EVIL, EVIL, EVIL)],
+                "examples": [{"query": (photo(), EVIL), "wrong": (photo(), EVIL)}],
+            }
+        ],
+        differing={EVIL: [{"differing": 1, "recall@1": 0.5, "n_queries": 1}]},
         pairs=[a_pair(labels=(EVIL, EVIL), words={"item_1": {EVIL: EVIL}, "item_2": {EVIL: EVIL}}), a_pair(words=EVIL)],
         health={EVIL: {"value": EVIL, "note": EVIL}},
         settings={EVIL: {EVIL: EVIL}},
         cost={EVIL: EVIL},
     )
     source = path.read_text(encoding="utf-8")
-    assert "<script" not in source
+    assert source.count("<script") == 1
     page = Page(source)
     assert page.open == []
-    assert page.text.count(EVIL) > 15
+    assert page.text.count(EVIL) > 30
     assert f"Query photo: {EVIL}" in [attributes.get("alt") for _, attributes in page.tags]
 
 
@@ -222,7 +276,7 @@ def test_photos_are_made_smaller_until_the_file_fits(tmp_path, monkeypatch):
 
 def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fieldmark.evaluation.report.MAX_BYTES", 5_000)
-    with pytest.raises(FieldmarkError, match="with 1 galleries and 0 pairs"):
+    with pytest.raises(FieldmarkError, match="with 1 galleries, 0 confused classes and 0 pairs"):
         write_report(tmp_path / "r.html", title="t", galleries=FULL["galleries"])  # its style alone takes more
     assert not (tmp_path / "r.html").exists()
 
@@ -266,6 +320,57 @@ def test_heat_is_brightest_and_most_opaque_where_attention_is():
     row, column = np.unravel_index((heat[..., :3].sum(axis=-1) * heat[..., 3]).argmax(), heat.shape[:2])
     assert (row // cell, column // cell) == (1, 5)
     assert np.isfinite(np.asarray(opened(heat_uri(np.zeros(9))))).all()
+
+
+def test_heat_is_clear_where_attention_is_even_or_less():
+    even = np.asarray(opened(heat_uri(np.full((7, 7), 0.02))))[..., 3]
+    assert even.max() == 0
+    weights = np.full((7, 7), 0.9)
+    weights[3, 3] = 1.1
+    nearly_even = np.asarray(opened(heat_uri(weights)))[..., 3]
+    assert 0 < nearly_even.max() < 80  # not stretched to the full ramp
+    assert nearly_even[:8, :8].max() == 0
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((224, 224), (7, 7)), ((30, 20), (7, 6)), ((5, 5), (8, 8))])
+def test_attention_inside_a_part_is_what_a_sum_over_pixels_says(shape, grid):
+    rng = np.random.default_rng(0)
+    mask, weights = rng.random(shape) < 0.3, rng.random(grid)
+    # a fine raster, each point of which belongs to one token and one pixel of the mask
+    fine = 120
+    inside = total = 0.0
+    for row in range(fine):
+        for column in range(fine):
+            y, x = (row + 0.5) / fine, (column + 0.5) / fine
+            weight = weights[int(y * grid[0]), int(x * grid[1])]
+            total += weight
+            inside += weight * mask[int(y * shape[0]), int(x * shape[1])]
+    assert mass_inside(weights, mask) == pytest.approx(inside / total, abs=0.01)
+    assert mass_inside(None, mask) == pytest.approx(mask.mean())
+    assert mass_inside(np.ones(grid), mask) == pytest.approx(mask.mean())
+
+
+def test_attention_inside_the_parts_is_shown_beside_their_area(tmp_path):
+    mask = np.zeros((70, 70))
+    mask[10:20, 10:20] = 1  # the token (1, 1): 1/49 of the area
+    looked = np.ones((7, 7))
+    looked[1, 1] = 16  # 16 of 64
+    pair = a_pair(masks=(mask, mask), teacher_attention=(looked, looked), pooler_attention=(np.ones(49), looked))
+    text = Page(write_report(tmp_path / "r.html", title="t", pairs=[pair]).read_text(encoding="utf-8")).text
+    assert "Teacher 25 %, Pooler 14 % of attention inside the outlined part, which covers 2 % of the photo." in text
+    assert "mean over 2 photos" in text
+
+
+def test_photos_at_which_nobody_looked_are_left_out_of_the_mean(tmp_path):
+    mask, looked, nowhere = np.zeros((70, 70)), np.ones((7, 7)), np.zeros((7, 7))
+    mask[:35] = 1
+    pairs = [
+        a_pair(masks=(mask, mask), teacher_attention=(looked, nowhere), pooler_attention=(looked, looked)),
+        a_pair(masks=(mask, mask), teacher_attention=None),
+        a_pair(masks=(np.zeros((7, 7)), None), teacher_attention=(looked, looked)),
+    ]
+    text = Page(write_report(tmp_path / "r.html", title="t", pairs=pairs).read_text(encoding="utf-8")).text
+    assert "50 %mean over 1 photo " in " ".join(text.split())
 
 
 def test_outline_follows_the_border_and_leaves_the_inside_free():

@@ -15,6 +15,15 @@ from fieldmark.evaluation.neighbours import Scores, top_k
 from fieldmark.evaluation.retrieval import evaluate_retrieval, retrieval_metrics, retrieval_per_query
 
 KS = (1, 2, 4, 8, 100)
+FIELDS = (
+    "first_hit",
+    "average_precision",
+    "r_precision",
+    "neighbours",
+    "scores",
+    "nearest_wrong",
+    "nearest_wrong_score",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -125,6 +134,49 @@ def test_roles_leave_out_the_item_itself_by_its_id():
         ranking = [searched[j] for j in slow_ranking(rows[query], rows[searched], own[row])][:6]
         assert found.neighbours[row].tolist() == ranking
         assert found.correct[row].tolist() == [labels[j] == labels[query] for j in ranking]
+        assert found.nearest_wrong[row] == slow_wrong(rows, labels, query, searched)
+
+
+def slow_wrong(rows, labels, query, searched):
+    """Row of the best item of another label, -1 where there is none."""
+    own = searched.index(query) if query in searched else -1
+    ranking = (searched[j] for j in slow_ranking(rows[query], rows[searched], own))
+    return next((row for row in ranking if labels[row] != labels[query]), -1)
+
+
+@pytest.mark.parametrize("name", SELF_CASES)
+def test_the_nearest_wrong_item_is_that_of_a_slow_ranking(name):
+    embeddings, labels = SELF_CASES[name]
+    plain = [int(x) if not isinstance(x, str) else str(x) for x in labels]
+    everyone = list(range(len(plain)))
+    found = retrieval_per_query(embeddings, labels, k=0)
+    expected = [slow_wrong(embeddings, plain, query, everyone) for query in everyone]
+    assert found.nearest_wrong.tolist() == expected
+    for query, wrong in enumerate(expected):
+        score = cosine(embeddings[query], embeddings[wrong]) if wrong >= 0 else -math.inf
+        assert found.nearest_wrong_score[query] == pytest.approx(score, abs=1e-6)
+
+
+def test_the_nearest_wrong_item_behind_many_right_ones():
+    # 400 of one label lie nearer to each other than the 20 others: deeper than any fixed depth of the search.
+    rng = np.random.default_rng(9)
+    rows = np.concatenate([[1.0, 0, 0] + 0.01 * rng.normal(size=(400, 3)), [0, 1.0, 0] + rng.normal(size=(20, 3)) / 4])
+    labels = [0] * 400 + [1] * 20
+    found = retrieval_per_query(rows, labels, k=0)
+    assert (found.nearest_wrong[:400] >= 400).all()
+    for query in (0, 399):
+        assert found.nearest_wrong[query] == slow_wrong(rows, labels, query, list(range(420)))
+
+
+def test_values_per_query_have_the_metrics_as_their_means():
+    rows, labels = random_rows(40, 5, 2), [i % 7 for i in range(39)] + [99]
+    found = retrieval_per_query(rows, labels, k=0)
+    values = found.values((1, 3))
+    assert [*values] == ["recall@1", "recall@3", "map@r", "r_precision", "mrr"]
+    assert all(len(one) == 39 for one in values.values())
+    expected = retrieval_metrics(rows, labels, ks=(1, 3))
+    assert {name: one.mean() for name, one in values.items()} == pytest.approx({k: expected[k] for k in values})
+    assert found.metrics((1, 3)) == expected
 
 
 def test_a_twin_of_the_query_is_a_neighbour_and_the_query_is_not():
@@ -174,7 +226,7 @@ def test_the_block_changes_nothing(distinct):
     whole = retrieval_per_query(rows, labels, k=50, block_rows=10_000)
     for block_rows in (1, 7, 64, 100):
         part = retrieval_per_query(rows, labels, k=50, block_rows=block_rows)
-        for name in ("first_hit", "average_precision", "r_precision", "neighbours", "scores"):
+        for name in FIELDS:
             assert np.array_equal(getattr(part, name), getattr(whole, name)), (block_rows, name)
 
 
@@ -191,7 +243,7 @@ def test_a_gallery_in_several_pieces_changes_nothing(distinct):
     assert (whole.first_hit > 300).sum() > 10
     for block_rows, block_bytes in ((64, 1), (7, 1), (80, 4 * 128 * 6000)):
         pieces = retrieval_per_query(queries, query_labels, **task, block_rows=block_rows, block_bytes=block_bytes)
-        for name in ("first_hit", "average_precision", "neighbours", "scores"):
+        for name in FIELDS:
             assert np.array_equal(getattr(pieces, name), getattr(whole, name)), name
     for query in range(0, 80, 16):
         order = np.lexsort((np.arange(8920), -scores_of(queries[query], rows[80:])))

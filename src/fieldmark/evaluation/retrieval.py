@@ -3,6 +3,7 @@
 Every metric follows from two things known per query: the rank of its first positive, and which of its R nearest items
 are positive (R = number of its positives). So the depth of the search is R, not the largest k: Recall@1000 needs no
 list of 1,000 neighbours. A first positive that lies deeper than the search is found by counting the items before it.
+The best item of another label needs depth R + 1: of so many items one at least is no positive.
 
 MAP@R is that of Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (arXiv 2003.08505), Eq. 1-2:
 1/R times the sum over i <= R of precision at i where the i-th item is positive.
@@ -38,6 +39,8 @@ class PerQuery:
         neighbours: [Q, k] int64, gallery rows, best first; -1 where the gallery has fewer items.
         scores: [Q, k] float32, their cosines; minus infinity where the neighbour is -1.
         correct: [Q, k] bool, whether the neighbour has the query's label.
+        nearest_wrong: [Q] int64, gallery row of the best item of another label; -1 where there is none.
+        nearest_wrong_score: [Q] float32, its cosine; minus infinity where there is none.
         n_gallery: items searched.
     """
 
@@ -49,6 +52,8 @@ class PerQuery:
     neighbours: np.ndarray
     scores: np.ndarray
     correct: np.ndarray
+    nearest_wrong: np.ndarray
+    nearest_wrong_score: np.ndarray
     n_gallery: int
 
     @property
@@ -60,6 +65,23 @@ class PerQuery:
     def hit_at_1(self) -> np.ndarray:
         """[Q] bool: whether the nearest item is a positive."""
         return self.first_hit == 1
+
+    def values(self, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[str, np.ndarray]:
+        """What each counted query adds to the means: `recall@k` (bool), `map@r`, `r_precision`, `mrr` (float64)."""
+        first_hit = self.first_hit[self.counted]
+        values: dict[str, np.ndarray] = {f"recall@{k}": first_hit <= k for k in checked_ks(ks)}
+        values["map@r"] = self.average_precision[self.counted]
+        values["r_precision"] = self.r_precision[self.counted]
+        values["mrr"] = 1.0 / first_hit
+        return values
+
+    def metrics(self, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[str, float]:
+        """The keys of :func:`retrieval_metrics`."""
+        metrics: dict[str, float] = {name: float(values.mean()) for name, values in self.values(ks).items()}
+        metrics["n_queries"] = int(self.counted.sum())
+        metrics["n_gallery"] = self.n_gallery
+        metrics["n_skipped"] = int((~self.counted).sum())
+        return metrics
 
 
 def retrieval_metrics(
@@ -85,14 +107,14 @@ def retrieval_metrics(
     Returns:
         `recall@k` for each k, `map@r`, `r_precision`, `mrr` (fractions from 0 to 1, means over queries that have a
         positive), `n_queries` (those queries), `n_gallery`, `n_skipped` (queries without positive, left out).
-        Memory beyond the input is that of `neighbours` (about 0.5 GB at most), whatever Q and N, plus 40 bytes a query.
+        Memory beyond the input is that of `neighbours` (about 0.5 GB at most), whatever Q and N, plus 52 bytes a query.
 
     Raises:
         FieldmarkError: empty input, lengths or widths that differ, NaN or infinity, a row of zeros, labels that are
             no integers or strings, a k below 1, a gallery without labels, or no query with a positive.
     """
-    ks = _checked_ks(ks)
-    return _means(retrieval_per_query(embeddings, labels, gallery=gallery, gallery_labels=gallery_labels, k=0), ks)
+    ks = checked_ks(ks)
+    return retrieval_per_query(embeddings, labels, gallery=gallery, gallery_labels=gallery_labels, k=0).metrics(ks)
 
 
 def evaluate_retrieval(
@@ -112,8 +134,8 @@ def evaluate_retrieval(
     Raises:
         FieldmarkError: as `retrieval_metrics`; also an unknown role, or no row for one side.
     """
-    ks = _checked_ks(ks)
-    return _means(retrieval_per_query(embeddings, labels, roles=roles, k=0), ks)
+    ks = checked_ks(ks)
+    return retrieval_per_query(embeddings, labels, roles=roles, k=0).metrics(ks)
 
 
 def retrieval_per_query(
@@ -127,14 +149,15 @@ def retrieval_per_query(
     block_rows: int = 256,
     block_bytes: int = BLOCK_BYTES,
 ) -> PerQuery:
-    """The rank of the first positive, the precisions and the k nearest items of every query.
+    """The rank of the first positive, the precisions, the k nearest items and the nearest wrong one of every query.
 
     Args:
         embeddings: [Q, D].
         labels: Q labels.
         gallery: [N, D], or None.
         gallery_labels: N labels, with `gallery` only.
-        roles: role of each row, without `gallery` only. `query` and `neighbours` then hold rows of `embeddings`.
+        roles: role of each row, without `gallery` only. `query`, `neighbours` and
+            `nearest_wrong` then hold rows of `embeddings`.
         k: neighbours to keep per query (12 bytes each); 0 keeps none.
         block_rows: queries held at once; changes speed and memory, never the result.
         block_bytes: size of a block of scores; likewise.
@@ -150,7 +173,7 @@ def retrieval_per_query(
     task = _with_gallery(embeddings, labels, gallery, gallery_labels, roles)
     scores = Scores(task.queries, task.gallery, task.own, block_rows=block_rows, block_bytes=block_bytes)
     result = _empty_result(task, k)
-    depths = np.maximum(result.positives, max(k, min(_LEAST_DEPTH, len(task.gallery))))
+    depths = np.maximum(result.positives + 1, max(k, min(_LEAST_DEPTH, len(task.gallery))))
     for queries, block_depths in scores.blocks(np.arange(len(task.queries)), depths):
         for rows, found in nearest(scores, queries, block_depths):
             _record(result, task, queries[rows], found.indices, found.scores)
@@ -158,8 +181,8 @@ def retrieval_per_query(
     for queries, _ in scores.blocks(missed, np.ones_like(missed)):
         result.first_hit[queries] = _count_to_first_hit(scores, task, queries)
     if roles is not None:
-        kept = result.neighbours
-        kept[kept >= 0] = task.gallery_numbers[kept[kept >= 0]]
+        for kept in (result.neighbours, result.nearest_wrong):
+            kept[kept >= 0] = task.gallery_numbers[kept[kept >= 0]]
     return result
 
 
@@ -236,13 +259,22 @@ def _empty_result(task: _Task, k: int) -> PerQuery:
         neighbours=np.full((n_queries, k), -1, dtype=np.int64),
         scores=np.full((n_queries, k), -np.inf, dtype=np.float32),
         correct=np.zeros((n_queries, k), dtype=bool),
+        nearest_wrong=np.full(n_queries, -1, dtype=np.int64),
+        nearest_wrong_score=np.full(n_queries, -np.inf, dtype=np.float32),
         n_gallery=len(task.gallery),
     )
 
 
 def _record(result: PerQuery, task: _Task, queries: np.ndarray, indices: np.ndarray, scores: np.ndarray) -> None:
-    """Fills in some queries from their neighbours, which reach at least to depth R."""
-    hits = (task.gallery_codes[indices] == task.query_codes[queries, None]) & (indices >= 0)
+    """Fills in some queries from their neighbours, which reach at least to depth R + 1 or through the gallery."""
+    there = indices >= 0
+    same = task.gallery_codes[indices] == task.query_codes[queries, None]
+    hits = same & there
+    wrong = there & ~same
+    first_wrong, any_wrong = wrong.argmax(axis=1), wrong.any(axis=1)
+    place = np.arange(len(queries)), first_wrong
+    result.nearest_wrong[queries] = np.where(any_wrong, indices[place], -1)
+    result.nearest_wrong_score[queries] = np.where(any_wrong, scores[place], -np.inf)
     result.first_hit[queries] = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0)
     width = min(result.neighbours.shape[1], indices.shape[1])
     result.neighbours[queries, :width] = indices[:, :width]
@@ -276,22 +308,14 @@ def _count_to_first_hit(scores: Scores, task: _Task, queries: np.ndarray) -> np.
     return before + 1
 
 
-def _checked_ks(ks: Sequence[int]) -> tuple[int, ...]:
+def checked_ks(ks: Sequence[int]) -> tuple[int, ...]:
+    """Depths of Recall@k as plain integers.
+
+    Raises:
+        FieldmarkError: one is no whole number from 1.
+    """
     values = tuple(ks) if isinstance(ks, Sequence | np.ndarray | range) else (ks,)
     for k in values:
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise FieldmarkError(f"k {k!r} in ks is no depth; give whole numbers from 1")
     return tuple(int(k) for k in values)
-
-
-def _means(found: PerQuery, ks: tuple[int, ...]) -> dict[str, float]:
-    counted = found.counted
-    first_hit = found.first_hit[counted]
-    metrics: dict[str, float] = {f"recall@{k}": float((first_hit <= k).mean()) for k in ks}
-    metrics["map@r"] = float(found.average_precision[counted].mean())
-    metrics["r_precision"] = float(found.r_precision[counted].mean())
-    metrics["mrr"] = float((1.0 / first_hit).mean())
-    metrics["n_queries"] = int(counted.sum())
-    metrics["n_gallery"] = found.n_gallery
-    metrics["n_skipped"] = int((~counted).sum())
-    return metrics

@@ -1,18 +1,23 @@
-"""Reads run folders and puts runs that differ in nothing but their seed together."""
+"""Reads run folders, what each query of a run found, and puts runs that differ in nothing but their seed together."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from fieldmark.errors import FieldmarkError
 
+if TYPE_CHECKING:
+    from fieldmark.evaluation.retrieval import PerQuery
+
+PER_QUERY = "per_query.parquet"
 COMPARED = ("recall@1", "recall@4", "map@r", "nmi")
 # settings that say where a run lies and how fast it went, not what was trained
 ASIDE = ("out", "seed", "resume", "workers", "eval_batch_size", "save_steps")
@@ -101,6 +106,110 @@ def read_run(folder: Path) -> Run:
         raise FieldmarkError(
             f"The metrics.json or config.yaml of {folder} is broken ({type(error).__name__}); train that run again."
         ) from error
+
+
+@dataclass(frozen=True)
+class QueryResults:
+    """What each query of one measurement found. Entry i of every attribute belongs to the same query.
+
+    Attributes:
+        item_ids: the queries.
+        labels: their classes.
+        counted: [Q] bool, whether the query has a positive; means are taken over these.
+        first_hit: [Q] int64, rank (from 1) of the first positive; 0 where there is none.
+        average_precision: [Q] float64, average precision at R.
+        nearest: item_id of the nearest item; None in a gallery without another item.
+        nearest_wrong: item_id of the nearest item of another class; None where there is none.
+    """
+
+    item_ids: list[str]
+    labels: list[str]
+    counted: np.ndarray
+    first_hit: np.ndarray
+    average_precision: np.ndarray
+    nearest: list[str | None]
+    nearest_wrong: list[str | None]
+
+    def values(self, metric: str) -> np.ndarray:
+        """[counted queries] what each adds to the mean of `recall@k` (bool) or `map@r` (float64).
+
+        Raises:
+            FieldmarkError: another metric.
+        """
+        if metric == "map@r":
+            return self.average_precision[self.counted]
+        name, _, depth = metric.partition("@")
+        if name != "recall" or not depth.isdigit():
+            raise FieldmarkError(f"{metric!r} is not known per query; use recall@k or map@r.")
+        return self.first_hit[self.counted] <= int(depth)
+
+
+def write_per_query(
+    run_folder: Path, found: Mapping[str, PerQuery], item_ids: Sequence[str], labels: Sequence[str]
+) -> None:
+    """Writes `per_query.parquet`: one row for each query and measurement.
+
+    Args:
+        run_folder: a run.
+        found: "before" and "after" training: what each query found, with one neighbour or more; rows are those of the
+            catalogue.
+        item_ids: item_id of each row of the catalogue.
+        labels: class of each row.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids, classes = pa.array(item_ids, pa.string()), pa.array(labels, pa.string())
+    tables = [
+        pa.table(
+            {
+                "when": pa.array([when] * len(one.query), pa.string()),
+                "item_id": ids.take(pa.array(one.query)),
+                "label": classes.take(pa.array(one.query)),
+                "counted": one.counted,
+                "first_hit": one.first_hit,
+                "average_precision": one.average_precision,
+                "nearest": ids.take(pa.array(one.neighbours[:, 0], mask=one.neighbours[:, 0] < 0)),
+                "nearest_wrong": ids.take(pa.array(one.nearest_wrong, mask=one.nearest_wrong < 0)),
+            }
+        )
+        for when, one in found.items()
+    ]
+    pq.write_table(pa.concat_tables(tables), run_folder / PER_QUERY)
+
+
+def read_per_query(run_folder: Path) -> dict[str, QueryResults]:
+    """Reads `per_query.parquet` of a run: what each query found "before" and "after" training.
+
+    Raises:
+        FieldmarkError: the run has no such file (it is older), or the file is broken.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = run_folder / PER_QUERY
+    if not path.is_file():
+        raise FieldmarkError(
+            f"The run {run_folder} has no {PER_QUERY}: it is an older run; train it again to look at its queries."
+        )
+    try:
+        table = pq.read_table(path)
+        when = table["when"].to_numpy()
+        return {name: _query_results(table.filter(pa.array(when == name))) for name in ("before", "after")}
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise FieldmarkError(f"{path} is broken ({type(error).__name__}); train that run again.") from error
+
+
+def _query_results(table: Any) -> QueryResults:
+    return QueryResults(
+        item_ids=table["item_id"].to_pylist(),
+        labels=table["label"].to_pylist(),
+        counted=table["counted"].to_numpy(),
+        first_hit=table["first_hit"].to_numpy(),
+        average_precision=table["average_precision"].to_numpy(),
+        nearest=table["nearest"].to_pylist(),
+        nearest_wrong=table["nearest_wrong"].to_pylist(),
+    )
 
 
 def group_runs(folders: Sequence[Path]) -> list[Group]:

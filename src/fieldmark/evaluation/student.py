@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -12,16 +12,29 @@ from sentence_transformers import SentenceTransformer
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.clustering import clustering_metrics
-from fieldmark.evaluation.retrieval import evaluate_retrieval
+from fieldmark.evaluation.retrieval import PerQuery, checked_ks, retrieval_per_query
+from fieldmark.evaluation.uncertainty import bootstrap_intervals
 from fieldmark.progress import JobProgress
+
+KEPT_NEIGHBOURS = 8
 
 
 @dataclass
 class Evaluation:
-    """Metrics of one student on one catalogue, and the vectors they were computed from (`[N, D]`, float32)."""
+    """One student measured on one catalogue.
+
+    Attributes:
+        metrics: means of retrieval and clustering.
+        embeddings: [N, D] float32, the vectors they were computed from, in the order of the catalogue.
+        per_query: what each query found, with its 8 nearest items; rows are those of the catalogue.
+        intervals: 95 % bootstrap interval over queries of each retrieval metric (`recall@k`, `map@r`, `r_precision`,
+            `mrr`).
+    """
 
     metrics: dict[str, float]
     embeddings: np.ndarray
+    per_query: PerQuery
+    intervals: dict[str, tuple[float, float]]
 
 
 def embed_catalog(
@@ -57,13 +70,14 @@ def evaluate_student(
     catalog: datasets.Dataset,
     *,
     batch_size: int = 64,
-    ks: tuple[int, ...] = (1, 2, 4, 8),
+    ks: Sequence[int] = (1, 2, 4, 8),
 ) -> Evaluation:
     """Retrieval (with the catalogue's roles) and clustering metrics of a student, with a progress bar.
 
     Raises:
-        FieldmarkError: the catalogue is empty or has photos without label.
+        FieldmarkError: a depth in `ks` is no whole number from 1, the catalogue is empty or has photos without label.
     """
+    ks = checked_ks(ks)
     if len(catalog) == 0:
         raise FieldmarkError("The catalogue has no photos to evaluate on; check its split column.")
     labels = list(catalog["label"])
@@ -71,6 +85,6 @@ def evaluate_student(
         raise FieldmarkError("The catalogue has photos without a label; evaluation needs the class of each.")
     with JobProgress("measuring", len(catalog)) as job:
         embeddings = embed_catalog(student, catalog, batch_size=batch_size, progress=job.update)
-    metrics = evaluate_retrieval(embeddings, labels, roles=list(catalog["role"]), ks=ks)
-    metrics |= clustering_metrics(embeddings, labels)
-    return Evaluation(metrics, embeddings)
+    found = retrieval_per_query(embeddings, labels, roles=list(catalog["role"]), k=KEPT_NEIGHBOURS)
+    metrics = found.metrics(ks) | clustering_metrics(embeddings, labels)
+    return Evaluation(metrics, embeddings, found, bootstrap_intervals(found.values(ks)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fieldmark.errors import FieldmarkError
-from fieldmark.methods.reporting import write_run_report
+from fieldmark.methods.reporting import LOSSES, write_run_report
 from fieldmark.methods.run import (
     TrainConfig,
     check_folder,
@@ -42,7 +42,7 @@ def train(config: MetricConfig) -> Path:
     # 2. Student, 3. loss
     student = make_student(config, config.student)
     loss = make_loss(config, student, len(task.classes))
-    out = check_folder(config)
+    out = check_folder(config, task.bad)
     # 4. The untrained student
     before = measure(student, task.test, config)
     # 5. Training
@@ -59,8 +59,8 @@ def train(config: MetricConfig) -> Path:
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
     # 6. The trained student, 7. run folder, 8. report
     after = measure(student, task.test, config)
-    results = {"method": "metric", "seed": config.seed, "before": before.metrics, "after": after.metrics}
-    if save_run(out, student, results, started):
-        title = f"{config.loss.replace('_', ' ').capitalize()} on {config.data}"
-        write_run_report({config.loss: out}, task.test, student, after.embeddings, out / "report.html", title=title)
+    if save_run(out, student, task.test, before, after, started, method="metric", seed=config.seed):
+        name = LOSSES[config.loss]
+        title = f"{name} on {config.data}"
+        write_run_report({name: out}, task.train, task.test, student, after, out / "report.html", title=title)
     return out

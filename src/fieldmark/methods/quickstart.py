@@ -16,9 +16,10 @@ from rich.table import Table
 
 from fieldmark.data.catalog import load_catalog, select_split
 from fieldmark.errors import FieldmarkError
-from fieldmark.evaluation.student import embed_catalog
+from fieldmark.evaluation.student import evaluate_student
 from fieldmark.methods import metric, saga
-from fieldmark.methods.reporting import SHOWN, Witness, write_run_report
+from fieldmark.methods.reporting import SHOWN, write_run_report
+from fieldmark.methods.witness import Witness
 from fieldmark.students.build import load_student
 from fieldmark.teacher.compare import load_domain
 from fieldmark.teacher.model import Teacher
@@ -79,13 +80,15 @@ def quickstart(config: QuickstartConfig) -> Path:
     }
     loaded = Teacher.load(teacher)
     student = load_student(runs["SAGA"] / "model", device="cpu")
-    test = select_split(load_catalog(config.data), "test")
+    catalog = load_catalog(config.data)
+    train, test = select_split(catalog, "train"), select_split(catalog, "test")
     report = out / "report.html"
     write_run_report(
         runs,
+        train,
         test,
         student,
-        embed_catalog(student, test),
+        evaluate_student(student, test),
         report,
         title="Fieldmark quickstart: drawn birds",
         witness=Witness(loaded, load_domain("aviary"), loaded.layers * 26 // 36),

@@ -1,8 +1,9 @@
-"""Gathers what a run's report shows: table, curves, galleries, and what teacher and pooler saw in some pairs."""
+"""The report of a run, or of several of the same start: gathers numbers, curves and photos, and writes the page."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,37 +11,72 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from fieldmark.data.aviary import draw_with_masks_uri
-from fieldmark.data.batches import class_centroids, sample_pairs
-from fieldmark.data.photos import load_square
+from fieldmark.errors import FieldmarkError
+from fieldmark.evaluation.confusions import recall_by_differing_attributes
+from fieldmark.evaluation.examples import Thumbnails, confusions, galleries
 from fieldmark.evaluation.report import write_report
-from fieldmark.evaluation.retrieval import retrieval_per_query
-from fieldmark.teacher.compare import Domain, attribute_token_spans, compare_prompt, parse_verdict
-from fieldmark.teacher.model import Teacher, VisualTokens
-from fieldmark.teacher.prefix import replay, rollout
+from fieldmark.evaluation.runs import read_per_query
+from fieldmark.evaluation.student import Evaluation
+from fieldmark.evaluation.uncertainty import p_text, paired_test
+from fieldmark.methods.witness import Witness, explained_pairs
 
 SHOWN = ("recall@1", "recall@4", "map@r", "nmi")
-HEALTH = ("mixed_groups", "verdict_accuracy", "valid_json", "completion_length")
+R1_IN_WORDS = "the share of queries whose nearest photo is of their class"
+COUNTS = ("n_queries", "n_gallery", "n_skipped")
+# key of the log -> (name, what it says, whether it is a share)
+HEALTH = {
+    "mixed_groups": ("Mixed groups", "pairs with both right and wrong answers: only these teach", True),
+    "verdict_accuracy": ("Right verdicts", "of the teacher's answers during training", True),
+    "valid_json": ("Valid JSON", "of the teacher's answers", True),
+    "completion_length": ("Tokens an answer", "mean over training", False),
+}
+LOSSES = {
+    "proxy_anchor": "Proxy Anchor",
+    "potential_field": "Potential Field",
+    "multi_similarity": "Multi-Similarity",
+    "info_nce": "InfoNCE",
+}
 
 
 @dataclass(frozen=True)
-class Witness:
-    """A teacher that is asked, for the report, about some pairs: its prompt's domain and the layer of its attention."""
+class FinishedRun:
+    """What a run folder says: `metrics.json`, `config.yaml`, `log.jsonl`."""
 
-    teacher: Teacher
-    domain: Domain
-    attention_layer: int
+    folder: Path
+    metrics: dict[str, Any]
+    settings: dict[str, Any]
+    log: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> FinishedRun:
+        """Reads the folder of a run that has ended.
+
+        Raises:
+            FieldmarkError: a file is missing or broken.
+        """
+        try:
+            return cls(
+                folder,
+                json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
+                yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+                [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()],
+            )
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise FieldmarkError(
+                f"metrics.json, config.yaml or log.jsonl of {folder} is missing or broken ({type(error).__name__}); "
+                "give the whole folder of a finished run."
+            ) from error
 
 
 def write_run_report(
-    runs: Mapping[str, Path],
+    folders: Mapping[str, Path],
+    train: datasets.Dataset,
     test: datasets.Dataset,
     student: SentenceTransformer,
-    embeddings: np.ndarray,
+    evaluation: Evaluation,
     path: Path,
     *,
     title: str,
@@ -49,177 +85,174 @@ def write_run_report(
     """One HTML file about one or several runs of the same start.
 
     Args:
-        runs: name -> run folder, in the order of the table.
+        folders: name -> run folder, in the order of the table; the last one is the one that the photos show.
+        train: the photos that were trained on.
         test: the photos that were measured.
-        student: the trained student whose galleries and attention are shown.
-        embeddings: [len(test), D], that student's vectors.
+        student: the trained student of the last run.
+        evaluation: that student on `test`.
         path: the file.
         title: its heading.
         witness: shows a teacher's words and attention about the student's tokens.
     """
-    logs = {name: _read_log(run / "log.jsonl") for name, run in runs.items()}
-    metrics = {name: json.loads((run / "metrics.json").read_text(encoding="utf-8")) for name, run in runs.items()}
-    last = list(runs.values())[-1]
-    pairs = [] if witness is None else explained_pairs(student, test, embeddings, witness)
-    seconds = {f"{name}: seconds": m["seconds"] for name, m in metrics.items()}
+    runs = {name: FinishedRun.read(folder) for name, folder in folders.items()}
+    last = list(runs)[-1]
+    found, embeddings = evaluation.per_query, evaluation.embeddings
+    labels, attributes, photos = list(test["label"]), list(test["attributes"]), Thumbnails(test)
     write_report(
         path,
         title=title,
-        subtitle=f"{len(test)} test photos of {len(set(test['label']))} classes that were not trained on",
-        table=_table(metrics),
-        curves=_curves(logs),
-        galleries=galleries(test, embeddings),
-        pairs=pairs,
-        health=_health(logs),
-        settings=yaml.safe_load((last / "config.yaml").read_text(encoding="utf-8")),
-        cost=seconds | {"peak memory, GB": max(m["peak_memory_gb"] for m in metrics.values())},
+        subtitle=summary(runs, train, test),
+        table=_table(runs),
+        notes=paired_sentences(runs),
+        curves=curves({name: [run.log] for name, run in runs.items()}),
+        galleries=galleries(found, labels, photos),
+        confusions=confusions(found, labels, attributes, embeddings, photos),
+        differing={last: recall_by_differing_attributes(found, labels, attributes)},
+        pairs=[] if witness is None else explained_pairs(student, test, embeddings, witness),
+        health=health({name: [run.log] for name, run in runs.items()}),
+        settings=runs[last].settings,
+        cost=cost({name: [run] for name, run in runs.items()}),
     )
 
 
-def galleries(test: datasets.Dataset, embeddings: np.ndarray, count: int = 10, k: int = 6) -> list[dict[str, Any]]:
-    """Queries with their nearest photos: half of them chosen from what went wrong, half at random."""
-    labels = list(test["label"])
-    found = retrieval_per_query(embeddings, labels, roles=list(test["role"]), k=k)
-    rng = np.random.default_rng(0)
-    wrong = rng.permutation(np.flatnonzero(found.counted & ~found.hit_at_1))[: count // 2]
-    rest = np.setdiff1d(np.flatnonzero(found.counted), wrong)
-    chosen = [*wrong, *rng.permutation(rest)[: count - len(wrong)]]
-    shown = []
-    for row in chosen:
-        query = int(found.query[row])
-        results = [
-            (_thumbnail(test[int(i)]["image"]), labels[int(i)], float(score), bool(correct))
-            for i, score, correct in zip(found.neighbours[row], found.scores[row], found.correct[row], strict=True)
-            if i >= 0
-        ]
-        shown.append({"query": _thumbnail(test[query]["image"]), "query_label": labels[query], "results": results})
-    return shown
+def summary(runs: Mapping[str, FinishedRun], train: datasets.Dataset, test: datasets.Dataset) -> str:
+    """What was trained on what, how, and what came out, in words."""
+    last = list(runs.values())[-1]
+    settings, before, after = last.settings, last.metrics["before"], last.metrics["after"]
+    low, high = last.metrics["intervals"]["after"]["recall@1"]
+    steps = max((record["step"] for record in last.log), default=0)
+    paired = _after_against_before(last)
+    sentences = [
+        f"{student_words(settings)} was trained on {counted_photos(train)} from {settings['data']} with "
+        f"{method_words(last.metrics['method'], settings)}: {steps:,} optimizer steps, seed {last.metrics['seed']}.",
+        f"It was measured on {counted_photos(test)} that it had not been trained on.",
+        f"R@1, {R1_IN_WORDS}, went from {percent(before['recall@1'])} to {percent(after['recall@1'])} % "
+        f"(95 % interval {percent(low)}–{percent(high)}): better on {paired.better:,} queries, worse on "
+        f"{paired.worse:,}, equal on {paired.same:,} ({p_text(paired.p_value)}).",
+    ]
+    for other, run in list(runs.items())[:-1]:
+        sentences.append(f"Its control, {other}, reached {percent(run.metrics['after']['recall@1'])} %.")
+    return " ".join(sentences)
 
 
-def explained_pairs(
-    student: SentenceTransformer,
-    test: datasets.Dataset,
-    embeddings: np.ndarray,
-    witness: Witness,
-    count: int = 6,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """For some test pairs: the teacher's words about the trained student's tokens, and where teacher and pooler
-    looked."""
-    labels = list(test["label"])
-    centroids = class_centroids(labels, embeddings)
-    drawn = sample_pairs(labels, count, seed=seed, epoch=0, step=0, kind="balanced", centroids=centroids)
-    teacher, domain = witness.teacher, witness.domain
-    tower, pooler = student[0], student[1]
-    student.eval()
-    prompt = teacher.prompt(compare_prompt(domain), 2, tower.tokens_per_image)  # type: ignore[union-attr,arg-type]
-    shown = []
-    for number, (a, b, same) in enumerate(drawn):
-        refs = [test[i]["image"] for i in (a, b)]
-        with torch.no_grad():
-            pixels = tower.preprocess(refs)["pixel_values"].to(teacher.device)  # type: ignore[operator]
-            features = tower({"pixel_values": pixels})
-            visual = VisualTokens(features["token_embeddings"], tuple(features["deepstack"]))
-            beta = pooler(features).get("pooling_attention")
-            rolled = rollout(
-                teacher,
-                prompt,
-                visual,
-                group_size=1,
-                temperature=0.7,
-                top_p=0.95,
-                max_new_tokens=512,
-                generator=torch.Generator().manual_seed(seed + number),
-            )
-            ids, mask = rolled.ids[0], rolled.mask[0]
-            rows = torch.zeros(1, 2, ids.shape[1], dtype=torch.bool, device=ids.device)
-            length = int(mask.sum())
-            rows[0, :, :length] = attribute_token_spans(teacher.tokenizer, ids[0, :length], domain)
-            looked = replay(
-                teacher,
-                prompt,
-                visual,
-                ids,
-                mask,
-                temperature=0.7,
-                attention_layer=witness.attention_layer,
-                attention_rows=rows,
-                checkpoint=False,
-            ).attention
-        verdict = parse_verdict(rolled.texts[0][0], domain)
-        attributes = [test[i]["attributes"] for i in (a, b)]
-        differing = _differing(attributes)
-        shown.append(
-            {
-                "images": tuple(load_square(ref, 224) for ref in refs),
-                "labels": (labels[a], labels[b]),
-                "truth_same": same,
-                "verdict_same": verdict.same,
-                "words": _words(verdict.fields, domain) or rolled.texts[0][0],
-                "teacher_attention": None if looked is None else tuple(_square(x) for x in looked[0]),
-                "pooler_attention": None if beta is None else tuple(_square(x) for x in beta),
-                "masks": _masks(refs, differing),
-                "differing_attributes": differing,
-            }
-        )
-    return shown
+def counted_photos(catalog: datasets.Dataset) -> str:
+    """Such as "960 photos of 120 classes"."""
+    return f"{len(catalog):,} photos of {len(set(catalog['label'])):,} classes"
 
 
-def _words(fields: Mapping[str, Any] | None, domain: Domain) -> tuple[dict[str, str], dict[str, str]] | None:
-    """The two descriptions of an answer, None where it has none."""
-    first, second = ((fields or {}).get(key) for key in domain.item_keys)
-    return (first, second) if isinstance(first, dict) and isinstance(second, dict) else None
+def student_words(settings: Mapping[str, Any]) -> str:
+    """The student in words: whose tower it is, and how its tokens become one vector."""
+    source = Path(str(settings.get("student") or settings.get("teacher")))
+    name = "the embedded teacher" if source.parts[-2:] == ("teacher", "embedded") else source.name
+    pooling = "an attention pooler" if settings.get("pooling") == "attention" else "mean pooling"
+    return f"A student (the vision tower of {name} with {pooling})"
 
 
-def _differing(attributes: Sequence[Mapping[str, str] | None]) -> list[str]:
-    first, second = (dict(row or {}) for row in attributes)
-    return [name for name, value in first.items() if second.get(name) != value]
+def method_words(method: str, settings: Mapping[str, Any]) -> str:
+    """The method in words."""
+    loss = LOSSES.get(str(settings.get("loss")), str(settings.get("loss")))
+    if method == "saga":
+        return f"SAGA ({loss}, and a frozen multimodal teacher that compares pairs of photos)"
+    return loss if method == "metric" else f"{method.upper()} over {loss}"
 
 
-def _masks(refs: Sequence[Any], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Where the marks that differ are drawn (the aviary knows)."""
-    if not names or not all(isinstance(ref, str) and ref.startswith("aviary://") for ref in refs):
-        return None
-    drawings = [draw_with_masks_uri(ref) for ref in refs]
-    first, second = (np.any([drawing.masks[name] for name in names], axis=0) for drawing in drawings)
-    return first, second
+def percent(fraction: float) -> str:
+    """Per cent with one decimal."""
+    return f"{100 * fraction:.1f}"
 
 
-def _square(row: torch.Tensor) -> np.ndarray:
-    side = round(len(row) ** 0.5)
-    return row.detach().float().cpu().numpy().reshape(side, side)
+def paired_sentences(runs: Mapping[str, FinishedRun]) -> list[str]:
+    """R@1 query by query: each run against the untrained student, and the last against the others."""
+    names = list(runs)
+    sentences = [_after_against_before(run).sentence(name, "the untrained student") for name, run in runs.items()]
+    found = {name: read_per_query(run.folder)["after"] for name, run in runs.items()}
+    for other in names[:-1]:
+        if found[other].item_ids == found[names[-1]].item_ids:
+            paired = paired_test(found[names[-1]].values("recall@1"), found[other].values("recall@1"))
+            sentences.append(paired.sentence(names[-1], other))
+    return [on_r1(sentence) for sentence in sentences]
 
 
-def _thumbnail(ref: Any) -> Any:
-    return load_square(ref, 160)
+def on_r1(sentence: str) -> str:
+    """A sentence of a paired test, with the metric it is about."""
+    return f"On R@1, {sentence[0].lower()}{sentence[1:]}."
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def curves(logs: Mapping[str, Sequence[list[dict[str, Any]]]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Loss and health over training, one line a name; of several seeds their mean, at the steps that all have."""
+    names = {"loss": "Loss"} | {key: HEALTH[key][0] for key in ("mixed_groups", "verdict_accuracy")}
+    charts = {}
+    for key, heading in names.items():
+        lines = {name: _mean_line(of_seeds, key) for name, of_seeds in logs.items()}
+        charts[heading] = {name: points for name, points in lines.items() if points}
+    return {heading: lines for heading, lines in charts.items() if lines}
 
 
-def _table(metrics: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    first = next(iter(metrics.values()))
-    rows = [{"model": "untrained", **{key: first["before"][key] for key in SHOWN}}]
-    return rows + [{"model": name, **{key: m["after"][key] for key in SHOWN}} for name, m in metrics.items()]
-
-
-def _curves(logs: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[tuple[int, float]]]:
-    curves = {}
-    for name, log in logs.items():
-        for key in ("loss", *HEALTH[:2]):
-            points = [(record["step"], record[key]) for record in log if key in record]
-            if points:
-                curves[f"{name}: {key.replace('_', ' ')}"] = points
-    return curves
-
-
-def _health(logs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    health = {}
-    for name, log in logs.items():
-        for key in HEALTH:
-            values = [record[key] for record in log if key in record]
+def health(logs: Mapping[str, Sequence[list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Means over training of what says whether the teacher's signal reached the student."""
+    facts: dict[str, Any] = {}
+    for name, of_seeds in logs.items():
+        records = [record for log in of_seeds for record in log]
+        for key, (heading, note, is_share) in HEALTH.items():
+            values = [record[key] for record in records if key in record]
             if values:
-                health[f"{name}: {key.replace('_', ' ')} (mean)"] = round(float(np.mean(values)), 3)
-        health |= {f"{name}, step {r['step']}": r["message"] for r in log if "message" in r}
-    return health
+                mean = float(np.mean(values))
+                text = f"{percent(mean)} %" if is_share else f"{mean:.0f}"
+                facts[f"{name}: {heading.lower()}"] = {"value": text, "note": note}
+        said = Counter(record["message"].partition(": ")[2] for record in records if "message" in record)
+        if said:
+            facts[f"{name}: steps without the teacher's gradient"] = {
+                "value": f"{said.total()} of {sum('loss' in record for record in records)}",
+                "note": f"most often: {said.most_common(1)[0][0]}",
+            }
+    return facts
+
+
+def cost(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
+    """Time and memory of each name, of several seeds their mean."""
+    facts: dict[str, Any] = {}
+    for name, of_seeds in runs.items():
+        seconds = float(np.mean([run.metrics["seconds"] for run in of_seeds]))
+        records = [record for run in of_seeds for record in run.log if "seconds" in record]
+        facts[f"{name}: time"] = {"value": _duration(seconds), "note": "training and both measurements"}
+        if records:
+            waiting = float(np.mean([record.get("data_wait_share", 0.0) for record in records]))
+            step = float(np.median([record["seconds"] for record in records]))
+            facts[f"{name}: time a step"] = {
+                "value": _duration(step),
+                "note": f"median; {percent(waiting)} % of the time waiting for photos",
+            }
+        memory = max(run.metrics["peak_memory_gb"] for run in of_seeds)
+        facts[f"{name}: memory"] = {"value": f"{memory:.1f} GB", "note": "peak of the process"}
+    return facts
+
+
+def _after_against_before(run: FinishedRun) -> Any:
+    found = read_per_query(run.folder)
+    return paired_test(found["after"].values("recall@1"), found["before"].values("recall@1"))
+
+
+def _table(runs: Mapping[str, FinishedRun]) -> list[dict[str, Any]]:
+    first = next(iter(runs.values())).metrics
+    rows = [{"model": "untrained", **_cells(first, "before")}]
+    return rows + [{"model": name, **_cells(run.metrics, "after")} for name, run in runs.items()]
+
+
+def _cells(metrics: Mapping[str, Any], when: str) -> dict[str, Any]:
+    values, intervals = metrics[when], metrics["intervals"][when]
+    cells = {key: {"value": values[key], "interval": intervals.get(key)} for key in SHOWN}
+    return cells | {key: values[key] for key in COUNTS}
+
+
+def _mean_line(logs: Sequence[list[dict[str, Any]]], key: str) -> list[tuple[int, float]]:
+    by_seed = [{record["step"]: record[key] for record in log if key in record} for log in logs]
+    steps = sorted(set.intersection(*(set(points) for points in by_seed)))
+    return [(step, float(np.mean([points[step] for points in by_seed]))) for step in steps]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -18,8 +18,11 @@ import torch
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from fieldmark.data.catalog import load_catalog, select_split
+from fieldmark.data.catalog import select_split
+from fieldmark.data.checks import BadPhoto, read_bad_photos, write_bad_photos
+from fieldmark.data.options import CatalogOptions, read_catalog
 from fieldmark.errors import FieldmarkError
+from fieldmark.evaluation.runs import write_per_query
 from fieldmark.evaluation.student import Evaluation, evaluate_student
 from fieldmark.losses.metric import MetricLoss, build_metric_loss
 from fieldmark.methods.trainer import ClassBalancedSteps, last_checkpoint, this_process, training_arguments
@@ -30,11 +33,10 @@ CHANGEABLE = ("out", "resume", "workers", "eval_batch_size", "save_steps")
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(CatalogOptions):
     """Settings that every method has.
 
     Attributes:
-        data: source of the catalogue (`aviary`, a folder, a CSV/JSONL/Parquet file, `grocery:DIR`).
         out: run folder.
         student: checkpoint the student's tower comes from (a folder or a hub id), or a trained student.
         pooling: how tokens become one vector.
@@ -55,12 +57,13 @@ class TrainConfig:
         seed: of everything random.
         save_steps: steps between checkpoints, 0 for none.
         workers: processes that decode photos beside the training, 0 to decode in it.
+        fast_decode: decode JPEGs of at least twice the resolution at a fraction of their size: faster, with slightly
+            other pixels than the papers'.
         eval_batch_size: photos a batch when embedding.
         precision: fp32 or bf16 (autocast).
         resume: go on from the last checkpoint of `out`.
     """
 
-    data: str
     out: str
     student: str | None = None
     pooling: Literal["attention", "mean"] = "attention"
@@ -81,6 +84,7 @@ class TrainConfig:
     seed: int = 0
     save_steps: int = 0
     workers: int = 0
+    fast_decode: bool = False
     eval_batch_size: int = 64
     precision: Literal["fp32", "bf16"] = "fp32"
     resume: bool = False
@@ -97,6 +101,9 @@ class TrainConfig:
                 raise FieldmarkError(f"{name} is {getattr(self, name)}; give 0 or more.")
 
 
+TrainConfig.__doc__ = f"{CatalogOptions.__doc__}\n{TrainConfig.__doc__}"
+
+
 @dataclass
 class Task:
     """A catalogue made ready for training and measuring."""
@@ -106,11 +113,12 @@ class Task:
     classes: list[str]
     photos: datasets.Dataset
     labels: list[int]
+    bad: list[BadPhoto]
 
 
 def open_task(config: TrainConfig) -> Task:
     """Reads the catalogue: training photos with class indices, and the test part of the zero-shot protocol."""
-    catalog = load_catalog(config.data)
+    catalog, bad = read_catalog(config)
     train, test = select_split(catalog, "train"), select_split(catalog, "test")
     names = train["label"][:]
     if any(name is None for name in names):
@@ -125,7 +133,7 @@ def open_task(config: TrainConfig) -> Task:
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[name] for name in names]
     photos = train.select_columns(["image"]).rename_column("image", "photo").add_column("label", labels)
-    return Task(train, test, classes, photos, labels)
+    return Task(train, test, classes, photos, labels, bad)
 
 
 def _check_measurable(test: datasets.Dataset, source: str) -> None:
@@ -142,12 +150,16 @@ def _check_measurable(test: datasets.Dataset, source: str) -> None:
         )
 
 
-def check_folder(config: TrainConfig) -> Path:
-    """Makes the run folder and writes its `config.yaml`; a folder with a finished or other run is refused."""
+def check_folder(config: TrainConfig, bad: list[BadPhoto]) -> Path:
+    """Makes the run folder, writes its `config.yaml` and the list of photos left out; a folder with a finished or
+    other run is refused."""
     out = Path(config.out)
     processes = this_process()
     if processes.is_main_process:
         _prepare_folder(config, out)
+        if config.bad_photos == "skip":
+            _check_same_photos(out / "bad_files.csv", bad)
+            write_bad_photos(bad, out / "bad_files.csv")
     processes.wait_for_everyone()
     return out
 
@@ -187,12 +199,31 @@ def _check_same_run(path: Path, config: TrainConfig, settings: dict[str, Any]) -
         )
 
 
+def _check_same_photos(path: Path, bad: list[BadPhoto]) -> None:
+    """Refuses to go on with a run whose catalogue is another one now, since other photos can be read."""
+    if not path.exists():
+        return
+    before, now = {one.item_id for one in read_bad_photos(path)}, {one.item_id for one in bad}
+    if before != now:
+        changes = [
+            f"{len(items)} can {word} be read ({min(items)}{', ...' if len(items) > 1 else ''})"
+            for items, word in ((now - before, "no longer"), (before - now, "now"))
+            if items
+        ]
+        raise FieldmarkError(
+            f"--out {path.parent} holds a run on other photos: since it started, {' and '.join(changes)}; "
+            "put the files back as they were, or give a new folder."
+        )
+
+
 def make_student(config: TrainConfig, source: str) -> SentenceTransformer:
     """The student at the start of training; a new pooler is drawn from the run's seed."""
     torch.manual_seed(config.seed)
-    return build_student(
+    student = build_student(
         source, pooling=config.pooling, embedding_dim=config.embedding_dim, resolution=config.resolution
     )
+    student[0].fast_decode = config.fast_decode  # type: ignore[assignment]
+    return student
 
 
 def make_loss(config: TrainConfig, student: SentenceTransformer, num_classes: int) -> MetricLoss:
@@ -281,14 +312,34 @@ def measure(student: SentenceTransformer, test: datasets.Dataset, config: TrainC
     return evaluate_student(student, test, batch_size=config.eval_batch_size)
 
 
-def save_run(out: Path, student: SentenceTransformer, metrics: dict[str, Any], started: float) -> bool:
-    """Writes `model/` and `metrics.json` (metrics before and after, seconds, peak memory); checkpoints go when it is
-    whole."""
+def save_run(
+    out: Path,
+    student: SentenceTransformer,
+    test: datasets.Dataset,
+    before: Evaluation,
+    after: Evaluation,
+    started: float,
+    *,
+    method: str,
+    seed: int,
+) -> bool:
+    """Writes `model/`, `per_query.parquet` (what each test photo found before and after) and `metrics.json` (means and
+    intervals before and after, seconds, peak memory); checkpoints go when it is whole."""
     if not this_process().is_main_process:
         return False
     student.save_pretrained(str(out / "model"), create_model_card=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    metrics = metrics | {"seconds": round(time.time() - started, 1), "peak_memory_gb": round(peak, 2)}
+    measured = {"before": before, "after": after}
+    found = {when: one.per_query for when, one in measured.items()}
+    write_per_query(out, found, list(test["item_id"]), list(test["label"]))
+    metrics = {
+        "method": method,
+        "seed": seed,
+        **{when: one.metrics for when, one in measured.items()},
+        "intervals": {when: one.intervals for when, one in measured.items()},
+        "seconds": round(time.time() - started, 1),
+        "peak_memory_gb": round(peak, 2),
+    }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out / "checkpoints")
     (out / "checkpoints").mkdir()

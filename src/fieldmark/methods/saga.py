@@ -50,7 +50,7 @@ from fieldmark.data.batches import class_centroids, sample_pairs
 from fieldmark.errors import FieldmarkError
 from fieldmark.losses.attention import attention_alignment
 from fieldmark.losses.policy import group_advantages, policy_gradient_sum
-from fieldmark.methods.reporting import Witness, write_run_report
+from fieldmark.methods.reporting import write_run_report
 from fieldmark.methods.run import (
     Task,
     TrainConfig,
@@ -65,6 +65,7 @@ from fieldmark.methods.run import (
     save_run,
 )
 from fieldmark.methods.trainer import FieldmarkTrainer, gradient_norms
+from fieldmark.methods.witness import Witness
 from fieldmark.students.pooling import TokenPooling
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher.compare import (
@@ -486,7 +487,7 @@ def train(config: SagaConfig) -> Path:
         freeze_deepstack(tower)
     # 4. Loss
     loss = make_loss(config, student, len(task.classes))
-    out = check_folder(config)
+    out = check_folder(config, task.bad)
     # 5. The untrained student
     before = measure(student, task.test, config)
     # 6. Training
@@ -510,14 +511,14 @@ def train(config: SagaConfig) -> Path:
     # 7. The trained student
     after = measure(student, task.test, config)
     # 8. Save: the teacher stays behind
-    results = {"method": "saga", "seed": config.seed, "before": before.metrics, "after": after.metrics}
-    if save_run(out, student, results, started):
+    if save_run(out, student, task.test, before, after, started, method="saga", seed=config.seed):
         # 9. Report, with the teacher's words about the trained student's tokens
         write_run_report(
             {"SAGA": out},
+            task.train,
             task.test,
             student,
-            after.embeddings,
+            after,
             out / "report.html",
             title=f"SAGA on {config.data}",
             witness=Witness(teacher, domain, trainer.attention_layer),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fieldmark.data.batches import class_balanced_batch
+from fieldmark.data.checks import this_process as this_process
 from fieldmark.progress import JobProgress
 
 LOSS_STATE = "loss.safetensors"
@@ -141,11 +141,6 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint)
         restore_loss_state(self.own_loss, Path(resume_from_checkpoint) / LOSS_STATE)
-
-
-def this_process() -> PartialState:
-    """Rank and number of processes; without an accelerator they talk through the CPU."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def last_checkpoint(folder: Path) -> Path | None:
