@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.students.checkpoints import Checkpoint
+from fieldmark.students.multimodal import load_saved
 from fieldmark.students.pooling import AttentionPooling, MeanPooling, TokenPooling
 from fieldmark.students.tower import CLASS_NAME, VisionTower, is_student, module_types
 
@@ -59,7 +60,8 @@ def load_student(path: str | Path, device: str | None = None) -> SentenceTransfo
     Before sentence-transformers (6.0 and later) imports a module class from outside its own package, installed or
     not, it asks for ``trust_remote_code=True``: ``SentenceTransformer(path, trust_remote_code=True)`` loads a student
     too. The flag trusts whatever the folder names; here it is set only for a folder that names nothing but fieldmark's
-    own classes, which run no code of the folder.
+    own classes, which run no code of the folder. An image-text student (``fieldmark.students.multimodal``) is made of
+    stock modules and needs no trust.
 
     Args:
         path: Folder or hub id of a student.
@@ -70,6 +72,9 @@ def load_student(path: str | Path, device: str | None = None) -> SentenceTransfo
             files is missing or broken.
     """
     checkpoint = Checkpoint(path)
+    kinds = module_types(checkpoint)
+    if kinds and all(kind.startswith("sentence_transformers.") for kind in kinds):
+        return load_saved(checkpoint, device)
     if not is_student(checkpoint):
         raise FieldmarkError(
             f"{path} is not a trained student (its modules.json does not start with a fieldmark tower)"
