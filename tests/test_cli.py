@@ -103,7 +103,7 @@ def test_help_says_what_each_setting_is(capsys):
 # -- mistakes: one sentence, exit code 2
 
 USAGE = [
-    ([], "No command was given; choose one of quickstart, train"),
+    ([], "No command was given; choose one of quickstart, inspect, train"),
     (["trian"], "did you mean train?"),
     (["--max_steps", "3"], "Unknown command '--max_steps'"),
     (["train"], "No method was given; choose one of metric, saga"),
@@ -174,7 +174,7 @@ def test_broken_inputs(capsys, monkeypatch, house, tmp_path):
         (["evaluate", student, "--data", str(tmp_path / "none")], "does not exist"),
         (["evaluate", student, "--data", "birds:x"], "unknown prefix 'birds'"),
         (["evaluate", student, "--data", photos, "--split", "val"], "no row of split 'val'"),
-        (["evaluate", student, "--data", str(bad)], "it is not an image file"),
+        (["evaluate", student, "--data", str(bad)], "it is not an image"),
         (
             ["embed", student, "--data", photos, "--out", str(house / "run" / "config.yaml" / "v.parquet")],
             "not lie in a",
@@ -299,14 +299,20 @@ def test_train_writes_the_run_folder_and_says_where(capsys, house):
     assert load_student(run / "model").encode([str(next((house / "photos").rglob("*.png")))]).shape == (1, 32)
 
 
-def test_a_runs_own_config_repeats_it(capsys, house):
+def test_a_runs_own_config_repeats_it_bit_by_bit_in_a_new_process(house):
     again = ["train", "metric", "--config", str(house / "run" / "config.yaml"), "--out", str(house / "again")]
-    assert cli.main(again) == 0
+    done = subprocess.run([sys.executable, "-m", "fieldmark", *again], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     first, second = (
         [json.loads(line)["loss"] for line in (house / run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         for run in ("run", "again")
     )
     assert first == second
+    weights = sorted(path.relative_to(house / "run") for path in (house / "run" / "model").rglob("*.safetensors"))
+    assert len(weights) == 2
+    assert all((house / "run" / path).read_bytes() == (house / "again" / path).read_bytes() for path in weights)
+    metrics = [json.loads((house / run / "metrics.json").read_text(encoding="utf-8")) for run in ("run", "again")]
+    assert metrics[0]["after"] == metrics[1]["after"]
 
 
 def test_flags_win_over_the_config_file(monkeypatch, tmp_path):
@@ -534,7 +540,9 @@ def test_doctor_finds_what_is_misconfigured():
         "device": "cuda:0",
         "precision": "bf16",
         "teacher_billions": 21.5,
+        "teachers": [name for name, size in machine.PUBLISHED_TEACHERS if size < 21],
     }
+    assert machine.what_can_run(2.0, cpu)["teachers"] == []
     assert machine.what_can_run(4.0, cpu)["precision"] == "fp32"
 
 

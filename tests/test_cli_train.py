@@ -160,18 +160,20 @@ def test_the_card_is_true_of_other_teachers(tmp_path):
     teacher, domain = Teacher.load(embedded_teacher()), load_domain("aviary")
     exams = {"test": ExamMade(), "train": ExamMade()}
     config = build.BuildConfig(data="aviary", out=str(tmp_path), tower="my/network", tower_steps=777)
-    build.write_card(tmp_path, config, domain, teacher, exams, minutes=1.0)
+    build.write_card(tmp_path, config, ["compare"], domain, teacher, exams, minutes=1.0)
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "777" not in readme
     assert "`my/network` as it is" in readme
     assert "(classes that no student trains on or is tested on)" in readme
-    assert "Examined on classes it has never seen" in readme
-    build.write_card(tmp_path, dataclasses.replace(config, tower=None), domain, teacher, exams, minutes=1.0)
+    assert "Verdicts, on classes it has never seen" in readme
+    build.write_card(
+        tmp_path, dataclasses.replace(config, tower=None), ["compare"], domain, teacher, exams, minutes=1.0
+    )
     assert "777 steps" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_unusable_out_is_said_before_the_catalogue_is_read(capsys, monkeypatch, birds, tmp_path):
-    monkeypatch.setattr(build, "load_catalog", None)
+    monkeypatch.setattr(build, "read_catalog", None)
     (tmp_path / "file").touch()
     assert "is not empty" in fails(capsys, build_arguments(birds, tmp_path))
     assert "is a file" in fails(capsys, build_arguments(birds, tmp_path / "file"))
@@ -187,7 +189,7 @@ def test_the_domain_has_the_attributes_of_all_items(monkeypatch, birds, tmp_path
     class Asked(Exception):
         pass
 
-    def asked(domain, *args):
+    def asked(skills, domain, *args):
         raise Asked(domain.name)
 
     monkeypatch.setattr(build, "_texts", asked)

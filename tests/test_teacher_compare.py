@@ -325,7 +325,7 @@ def test_drills_compare_what_they_say():
     rows = [
         {"bill shape": b, "crown": c, "breast": "plain"} for b in ("hooked", "flat") for c in ("red", "blue", "white")
     ]
-    bank = PhotoBank(torch.zeros(0), np.zeros(0, dtype=int), rows)
+    bank = PhotoBank(torch.zeros(0), np.zeros(0, dtype=int), rows, [])
     rng = np.random.default_rng(0)
     counts = []
     for _ in range(200):

@@ -15,6 +15,17 @@ QUICKSTART_GIB = 6.0
 SHARED_MEMORY_GIB = 0.25
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP = Path("/sys/fs/cgroup")
+# Hub id and parameters in billions, tower included, as their model cards state them.
+PUBLISHED_TEACHERS = (
+    ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 2.2),
+    ("Qwen/Qwen3-VL-2B-Instruct", 2.1),
+    ("Qwen/Qwen2.5-VL-3B-Instruct", 3.8),
+    ("Qwen/Qwen3-VL-4B-Instruct", 4.4),
+    ("Qwen/Qwen2.5-VL-7B-Instruct", 8.3),
+    ("OpenGVLab/InternVL3_5-8B-HF", 8.5),
+    ("Qwen/Qwen3-VL-8B-Instruct", 8.8),
+    ("Qwen/Qwen3-VL-32B-Instruct", 33.4),
+)
 SHOWN_PACKAGES = (
     "fieldmark", "torch", "torchvision", "transformers", "sentence-transformers", "accelerate", "datasets",
     "pytorch-metric-learning", "scikit-learn", "pillow", "numpy", "safetensors", "tokenizers",
@@ -115,14 +126,17 @@ def processor_name() -> str:
 
 def what_can_run(memory_gib: float, devices: list[Device]) -> dict[str, Any]:
     """`quickstart`: whether the memory suffices. `teacher_billions`: parameters of the largest frozen teacher, in
-    billions, whose weights in `precision` take half of the best device's memory; the other half is for activations."""
+    billions, whose weights in `precision` take half of the best device's memory; the other half is for activations.
+    `teachers`: the published ones no larger than that."""
     best = max((device for device in devices if device.kind != "cpu"), key=lambda d: d.memory_gib, default=devices[0])
     bf16 = best.kind != "cpu" and best.bf16 == "native"
+    billions = round(best.memory_gib * GIB / 2 / (2 if bf16 else 4) / 1e9, 1)
     return {
         "quickstart": memory_gib >= QUICKSTART_GIB,
         "device": best.kind,
         "precision": "bf16" if bf16 else "fp32",
-        "teacher_billions": round(best.memory_gib * GIB / 2 / (2 if bf16 else 4) / 1e9, 1),
+        "teacher_billions": billions,
+        "teachers": [name for name, size in PUBLISHED_TEACHERS if size <= billions],
     }
 
 

@@ -1,6 +1,6 @@
 """Attention over one shared prefix and several completions behind it.
 
-Both functions here are registered with transformers' attention interface and are in force only inside `attention_for`:
+The functions here are registered with transformers' attention interface and are in force only inside `attention_for`:
 a language model then runs its own layers (projections, rotary positions, MLPs), and only softmax(q k) v is ours.
 
 - `packed_attention` (replay): one sequence [prefix | completion 1 | ... | completion G]. The prefix attends to itself;
@@ -8,8 +8,9 @@ a language model then runs its own layers (projections, rotary positions, MLPs),
   two completions is ever computed, and padding exists only inside the attention step, not in the layers around it.
 - `shared_prefix_attention` (rollout): one new token for each of pairs * G completions, against the keys of its pair's
   prefix, stored once a pair, and its own. One softmax over both parts.
+- `shared_suffix_attention` (alignment scores): K whole texts behind each photo's prefix, stored once a photo.
 
-Both are the plain causal attention of [prefix | completion g] for every g: same keys, same queries, same softmax.
+All are the plain causal attention of [prefix | completion g] for every g: same keys, same queries, same softmax.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fieldmark.errors import FieldmarkError
 
 PACKED = "fieldmark_packed_completions"
 SHARED_PREFIX = "fieldmark_shared_prefix"
+SHARED_SUFFIX = "fieldmark_shared_suffix"
 _CACHE_BLOCK = 64
 # What scaled_dot_product_attention runs on, by device and precision.
 _KEPT = [
@@ -198,6 +200,37 @@ def shared_prefix_attention(
     return out.reshape(batch, 1, kv_heads * repeats, -1), None
 
 
+def shared_suffix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    shared: SharedPrefix,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Whole suffixes at once: query [B, H, T, d], own key and value [B, Hkv, T, d], B = prefixes * K, prefix-major.
+
+    Padding stands on the right, where no real token sees it.
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    prefix_key, prefix_value = shared.keys[layer], shared.values[layer]
+    batch, heads, length, width = query.shape
+    count, kv_heads, prefix, _ = prefix_key.shape
+    _refuse_variants(kwargs, prefix + length)
+    keys = torch.cat([prefix_key.repeat_interleave(batch // count, 0), key], dim=2)
+    values = torch.cat([prefix_value.repeat_interleave(batch // count, 0), value], dim=2)
+    own = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    visible = torch.cat([own.new_ones(length, prefix), own], dim=1)
+    repeats = heads // kv_heads
+    # As in `packed_attention`: query heads that share a key head become more rows of it.
+    rows = query.reshape(batch, kv_heads, repeats * length, width)
+    out = scaled_dot_product_attention(rows, keys, values, attn_mask=visible.repeat(repeats, 1), scale=scaling)
+    return out.reshape(batch, heads, length, -1).transpose(1, 2), None
+
+
 def _by_pair(rows: Tensor) -> Tensor:
     """[pairs, G, Hkv, repeats, n] -> [pairs, Hkv, G * repeats, n]."""
     return rows.transpose(1, 2).flatten(2, 3)
@@ -342,3 +375,4 @@ def _refuse_variants(kwargs: dict[str, Any], length: int) -> None:
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionInterface.register(SHARED_SUFFIX, shared_suffix_attention)

@@ -6,7 +6,8 @@
 3. A body: Qwen3-VL's architecture, made from nothing; or, with `--tower`, a pre-trained vision network, a projector
    and a small language model (`composed`).
 4. The tower learns to read attributes; a pre-trained one stays as it is and its projector is fitted (`reading`).
-5. The language model learns to say them and to give a verdict (`speaking`).
+5. The language model learns its skills: to say them and to give a verdict about two photos (`speaking`), and, where
+   the catalogue has titles, to say whether a text fits a photo (`judging`).
 6. An examination on the student's classes (`examine`), a card, safetensors (bf16; float32 with a pre-trained tower,
    whose batch statistics bf16 would round).
 
@@ -15,12 +16,11 @@ A killed build goes on where the last finished stage ended (`--resume true`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,26 +29,30 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from fieldmark.data.catalog import load_catalog, select_split
+from fieldmark.data.catalog import select_split
+from fieldmark.data.options import CatalogOptions, read_catalog
 from fieldmark.errors import FieldmarkError
 from fieldmark.progress import JobProgress
 from fieldmark.students.tower import VisionTower
+from fieldmark.teacher.align import ANSWERS, QUESTION
+from fieldmark.teacher.card import write_card
 from fieldmark.teacher.compare import Domain, answer_json, compare_prompt, domain_for_attributes
-from fieldmark.teacher.examine import Examination, examine
+from fieldmark.teacher.examine import AlignmentExamination, Examination, examine, examine_alignment
+from fieldmark.teacher.judging import JudgedTexts, Judging
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.reading import AttributeTable, fit_projector, train_tower
-from fieldmark.teacher.speaking import PhotoBank, train_language
+from fieldmark.teacher.speaking import Comparing, PhotoBank, train_language
 from fieldmark.teacher.tiny import make_model, make_processor, make_tokenizer
 
 
 @dataclass
-class BuildConfig:
+class BuildConfig(CatalogOptions):
     """Settings of `build-teacher`.
 
     Attributes:
-        data: catalogue with attributes (`aviary`, `aviary:PHOTOS_PER_SPECIES`, `grocery:DIR`, a table with a train
-            split).
         out: folder of the teacher.
+        skills: what it learns: compare (SAGA; needs labels and attributes), align (MAPLE; needs titles); null is all
+            that the catalogue has the columns for.
         tower: folder or hub id of a pre-trained timm network; null makes a Qwen3-VL tower from nothing.
         tower_steps: optimizer steps of a tower from nothing.
         tower_batch: photos a step.
@@ -56,6 +60,8 @@ class BuildConfig:
         language_steps: optimizer steps of the language model.
         language_batch: pairs of photos a step.
         language_drills: comparisons of made-up items a step.
+        judged_photos: photos a step whose texts are judged.
+        judged_texts: texts about each of them.
         language_learning_rate: its peak.
         views: views kept of each photo for the language stage, every second one mirrored.
         max_photos: photos of the teacher part that are used for the language stage, spread over the classes.
@@ -67,8 +73,8 @@ class BuildConfig:
         resume: go on with a killed build.
     """
 
-    data: str
     out: str
+    skills: list[Literal["compare", "align"]] | None = None
     tower: str | None = None
     tower_steps: int = 400
     tower_batch: int = 48
@@ -76,6 +82,8 @@ class BuildConfig:
     language_steps: int = 1800
     language_batch: int = 10
     language_drills: int = 12
+    judged_photos: int = 12
+    judged_texts: int = 6
     language_learning_rate: float = 1e-3
     views: int = 1
     max_photos: int = 7200
@@ -90,6 +98,7 @@ class BuildConfig:
         """Refuses numbers that no build could have."""
         least = dict.fromkeys(("tower_steps", "tower_batch", "language_steps", "language_batch", "views"), 1)
         # An examination needs a pair of each kind.
+        least |= dict.fromkeys(("judged_photos", "judged_texts"), 1)
         least |= {"max_photos": 1, "exam_pairs": 2, "language_drills": 0, "workers": 0, "seed": 0}
         for name, number in least.items():
             if getattr(self, name) < number:
@@ -99,20 +108,26 @@ class BuildConfig:
                 raise FieldmarkError(f"{name} is {getattr(self, name)}; give a number above 0.")
 
 
+BuildConfig.__doc__ = f"{CatalogOptions.__doc__}\n{BuildConfig.__doc__}"
+
+
 def build_teacher(config: BuildConfig) -> Path:
     """Builds, examines and saves a teacher; returns its folder."""
     started = time.time()
     _check_out(config)
     # 1. Catalogue, the examination's too: what it lacks is said before anything is trained
-    catalog = load_catalog(config.data, part="teacher")
-    attributes = class_attributes(catalog)
-    unseen = {split: select_split(load_catalog(config.data), split) for split in ("test", "train")}
+    catalog, _ = read_catalog(config, part="teacher")
+    skills = choose_skills(config, catalog)
+    students, _ = read_catalog(config)
+    unseen = {split: select_split(students, split) for split in ("test", "train")}
+    check = class_attributes if "compare" in skills else item_attributes
+    attributes = check(catalog)
     for rows in unseen.values():
-        class_attributes(rows)
+        check(rows)
     torch.manual_seed(config.seed)
     domain = domain_for_attributes(list(catalog.features["attributes"]))  # all names: no item need have every one
     # 2. Tokenizer, 3. body
-    tokenizer = make_tokenizer(_texts(domain, list(attributes.values()), config.seed))
+    tokenizer = make_tokenizer(_texts(skills, domain, catalog, attributes, config.seed))
     if config.tower is None:
         processor: Any = make_processor(tokenizer, config.resolution)
         teacher = Teacher(make_model(tokenizer), processor)
@@ -126,8 +141,9 @@ def build_teacher(config: BuildConfig) -> Path:
     _save(teacher, out / "stages" / "body")
     # 4. Tower
     tower = VisionTower.from_pretrained(out / "stages" / "body", config.resolution)
-    table = AttributeTable.of([attributes[label] for label in catalog["label"]])
-    truth = table.encode([attributes[label] for label in catalog["label"]])
+    known = [attributes[name] for name in _names(catalog)]
+    table = AttributeTable.of(known)
+    truth = table.encode(known)
     _stage(
         out / "stages" / "tower.safetensors",
         tower,
@@ -139,14 +155,39 @@ def build_teacher(config: BuildConfig) -> Path:
     _stage(
         out / "stages" / "language.safetensors",
         teacher.language_model,
-        lambda: _teach_language(config, teacher, domain, bank),
+        lambda: _teach_language(config, skills, teacher, domain, bank),
     )
     # 6. Examination, card, weights
     teacher = save_teacher(teacher, out, torch.bfloat16 if config.tower is None else torch.float32)
-    results = _examine_unseen(config, teacher, tower, domain, unseen)
-    known = {split for split, rows in unseen.items() if not attributes.keys().isdisjoint(rows["label"])}
-    write_card(out, config, domain, teacher, results, minutes=(time.time() - started) / 60, known=known)
+    results = _examine_unseen(config, skills, teacher, tower, domain, unseen, bank)
+    seen = {split for split, rows in unseen.items() if not attributes.keys().isdisjoint(_names(rows))}
+    write_card(out, config, skills, domain, teacher, results, minutes=(time.time() - started) / 60, known=seen)
     return out
+
+
+def choose_skills(config: BuildConfig, catalog: datasets.Dataset) -> list[str]:
+    """The skills asked for, else those that the catalogue has the columns for.
+
+    Raises:
+        FieldmarkError: titles are missing for `align`, or there is nothing to learn.
+    """
+    titled = any(catalog["title"])
+    skills: list[str] = [*(config.skills or (("compare", "align") if titled else ("compare",)))]
+    if "align" in skills and not titled:
+        raise FieldmarkError(f"{config.data} has no titles; the skill align needs them, add a title column.")
+    return skills
+
+
+def item_attributes(catalog: datasets.Dataset) -> dict[str, dict[str, str]]:
+    """Attributes by label (by item where there is none): those of its first item, possibly none."""
+    found: dict[str, dict[str, str]] = {}
+    for name, attributes in zip(_names(catalog), catalog["attributes"], strict=True):
+        found.setdefault(name, {key: value for key, value in (attributes or {}).items() if value is not None})
+    return found
+
+
+def _names(catalog: datasets.Dataset) -> list[str]:
+    return [label or item for label, item in zip(catalog["label"], catalog["item_id"], strict=True)]
 
 
 def class_attributes(catalog: datasets.Dataset) -> dict[str, dict[str, str]]:
@@ -155,13 +196,12 @@ def class_attributes(catalog: datasets.Dataset) -> dict[str, dict[str, str]]:
     Raises:
         FieldmarkError: rows without label or attributes, too few classes, or too few photos to pair.
     """
-    found: dict[str, dict[str, str]] = {}
     for label, attributes in zip(catalog["label"], catalog["attributes"], strict=True):
         if label is None or not attributes:
             raise FieldmarkError(
                 "build-teacher needs a label and attributes for every photo; add the columns or another source."
             )
-        found.setdefault(label, {name: value for name, value in attributes.items() if value is not None})
+    found = item_attributes(catalog)
     if len(found) < 4:
         raise FieldmarkError(
             f"{len(found)} classes ({', '.join(found)}) are given to build or examine a teacher; at least 4 are needed."
@@ -183,11 +223,12 @@ def photo_bank(
     """Tokens of (at most `max_photos`, spread over classes) photos, the odd views mirrored, in half precision."""
     names = list(attributes)
     index = {name: i for i, name in enumerate(names)}
-    labels = np.array([index[label] for label in catalog["label"]])
+    labels = np.array([index[name] for name in _names(catalog)])
     chosen = _spread(labels, max_photos, np.random.default_rng(seed))
     refs = list(catalog.select(chosen)["image"])
     banks = [_tokens(tower, refs, mirrored=view % 2 == 1) for view in range(views)]
-    return PhotoBank(torch.cat(banks), np.tile(labels[chosen], views), [attributes[name] for name in names])
+    titles = list(catalog.select(chosen)["title"]) * views
+    return PhotoBank(torch.cat(banks), np.tile(labels[chosen], views), [attributes[name] for name in names], titles)
 
 
 def put_tower(teacher: Teacher, tower: VisionTower) -> None:
@@ -237,44 +278,79 @@ def _teach_tower(
         )
 
 
-def _teach_language(config: BuildConfig, teacher: Teacher, domain: Domain, bank: PhotoBank) -> None:
+def _teach_language(
+    config: BuildConfig, skills: Sequence[str], teacher: Teacher, domain: Domain, bank: PhotoBank
+) -> None:
+    lessons: list[Comparing | Judging] = []
+    if "compare" in skills:
+        sizes = {"batch_size": config.language_batch, "drills": config.language_drills}
+        lessons.append(Comparing(teacher, domain, bank, seed=config.seed, **sizes))
+    if "align" in skills:
+        sizes = {"batch_size": config.judged_photos, "texts": config.judged_texts}
+        lessons.append(Judging(teacher, bank, seed=config.seed, **sizes))
     with _progress("language", config.language_steps) as progress:
         train_language(
             teacher,
-            domain,
-            bank,
+            lessons,
             steps=config.language_steps,
-            batch_size=config.language_batch,
-            drills=config.language_drills,
             learning_rate=config.language_learning_rate,
             bf16=config.precision == "bf16",
-            seed=config.seed,
             progress=progress,
         )
 
 
 def _examine_unseen(
-    config: BuildConfig, teacher: Teacher, tower: VisionTower, domain: Domain, unseen: dict[str, datasets.Dataset]
-) -> dict[str, Examination]:
-    """On the student's classes: the test part with look-alikes, and training pairs as SAGA draws them."""
-    results = {}
+    config: BuildConfig,
+    skills: Sequence[str],
+    teacher: Teacher,
+    tower: VisionTower,
+    domain: Domain,
+    unseen: dict[str, datasets.Dataset],
+    learned: PhotoBank,
+) -> dict[str, Examination | AlignmentExamination]:
+    """On the student's classes: verdicts on the test part with look-alikes and on training pairs as SAGA draws them,
+    titles of the test part."""
+    results: dict[str, Examination | AlignmentExamination] = {}
     for split, lookalikes in (("test", 1.0), ("train", 0.0)):
         rows = unseen[split]
-        bank = photo_bank(tower, rows, class_attributes(rows), max_photos=1200, seed=config.seed)
-        results[split] = examine(
-            teacher, domain, bank, pairs=config.exam_pairs, lookalikes=lookalikes, seed=config.seed
-        )
+        if "compare" not in skills and split == "train":
+            continue
+        bank = photo_bank(tower, rows, item_attributes(rows), max_photos=1200, seed=config.seed)
+        if "compare" in skills:
+            results[split] = examine(
+                teacher, domain, bank, pairs=config.exam_pairs, lookalikes=lookalikes, seed=config.seed
+            )
+        if "align" in skills and split == "test":
+            values = JudgedTexts(learned.titles, learned.attributes, np.random.default_rng(0)).values
+            results["titles"] = examine_alignment(
+                teacher, bank, values=values, photos=2 * config.exam_pairs, seed=config.seed
+            )
     return results
 
 
-def _texts(domain: Domain, attributes: list[dict[str, str]], seed: int) -> Iterator[str]:
+def _texts(
+    skills: Sequence[str],
+    domain: Domain,
+    catalog: datasets.Dataset,
+    attributes: dict[str, dict[str, str]],
+    seed: int,
+) -> Iterator[str]:
     """Answers and prompts the tokenizer is trained on."""
     rng = np.random.default_rng(seed)
-    for _ in range(3000):
-        a, b = rng.integers(len(attributes), size=2)
-        yield answer_json(domain, attributes[a], attributes[b], bool(a == b))
-    for _ in range(20):
-        yield compare_prompt(domain)
+    if "compare" in skills:
+        known = list(attributes.values())
+        for _ in range(3000):
+            a, b = rng.integers(len(known), size=2)
+            yield answer_json(domain, known[a], known[b], bool(a == b))
+        for _ in range(20):
+            yield compare_prompt(domain)
+    if "align" in skills:
+        titles = list(catalog["title"])
+        texts = JudgedTexts(titles, [attributes[name] for name in _names(catalog)], rng)
+        for item in rng.permutation(len(titles))[:3000].tolist():
+            for one in texts.draw(item, 3):
+                yield QUESTION.format(text=one.text)
+            yield from ANSWERS
 
 
 def _spread(labels: np.ndarray, most: int, rng: np.random.Generator) -> list[int]:
@@ -330,57 +406,3 @@ def _open_folder(config: BuildConfig) -> Path:
     out = Path(config.out)
     (out / "stages").mkdir(parents=True, exist_ok=True)
     return out
-
-
-def write_card(
-    out: Path,
-    config: BuildConfig,
-    domain: Domain,
-    teacher: Teacher,
-    results: dict[str, Examination],
-    *,
-    minutes: float,
-    known: Collection[str] = (),
-) -> None:
-    """`README.md` and `card.json`: how the teacher was made and how it did; `known` names the student's splits whose
-    classes the teacher has seen."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
-    parameters = sum(p.numel() for p in teacher.model.parameters())
-    card = {
-        "settings": settings,
-        "domain": domain.name,
-        "model_type": teacher.model_type,
-        "parameters": parameters,
-        "minutes": round(minutes, 1),
-        "unseen_test_classes": results["test"].as_dict(),
-        "student_training_pairs": results["train"].as_dict(),
-    }
-    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    rows = "\n".join(
-        f"| {name.replace('_', ' ')} | {value} | {results['train'].as_dict()[name]} |"
-        for name, value in results["test"].as_dict().items()
-    )
-    tower = f"{config.tower_steps} steps" if config.tower is None else f"`{config.tower}` as it is, a projector fitted"
-    classes, examined = "classes that no student trains on or is tested on", "classes it has never seen"
-    if known:
-        classes = "its train rows, which a student trains on too"
-        seen = " and ".join(split for split in ("train", "test") if split in known)
-        examined = f"the student's classes (those of its {seen} rows it has seen while it was made)"
-    (out / "README.md").write_text(
-        f"""# A small teacher, built by `fieldmark build-teacher`
-
-{parameters / 1e6:.1f} M parameters, {teacher.model_type}, made from the teacher part of
-`{Path(config.data.split(":")[0]).name}` ({classes}); tower:
-{tower}, language: {config.language_steps} steps. It answers one question, in the wording of the
-domain `{domain.name}`, and knows nothing else.
-
-Examined on {examined}, {config.exam_pairs} balanced pairs, 8 rollouts each at temperature 0.7, top-p
-0.95. *Look-alikes*: test classes, the different half are the nearest classes by attributes. *Training pairs*: the
-student's training classes, different ones drawn at random, as SAGA draws them.
-
-| | look-alikes | training pairs |
-| --- | --- | --- |
-{rows}
-""",
-        encoding="utf-8",
-    )

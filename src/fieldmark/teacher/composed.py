@@ -11,44 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForImageTextToText,
     CLIPImageProcessor,
     LlavaForConditionalGeneration,
-    LlavaModel,
     LlavaPreTrainedModel,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fieldmark.errors import FieldmarkError
-from fieldmark.students.composed import ComposedConfig
+from fieldmark.students.composed import ComposedConfig, ComposedModel
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher.tiny import CHAT_TEMPLATE, IMAGE_TOKEN
-
-
-class ComposedModel(LlavaModel):
-    """LLaVA's model with a feature map for patch tokens and one linear layer for projector."""
-
-    config_class = ComposedConfig
-
-    def __init__(self, config: Any) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector: Any = nn.Linear(config.feature_dim, config.text_config.hidden_size)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
-
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """[B, 3, R, R] -> `pooler_output`: one [h*w, D] tensor a photo."""
-        features = self.vision_tower(pixel_values=pixel_values, do_pooling=False).last_hidden_state
-        tokens = self.multi_modal_projector(features.flatten(2).transpose(1, 2))
-        photos: Any = list(tokens)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=photos)
 
 
 class ComposedForConditionalGeneration(LlavaForConditionalGeneration):
@@ -87,7 +64,7 @@ def make_composed(
         "vocab_size": len(tokenizer),
         "hidden_size": 256,
         "intermediate_size": 640,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,

@@ -1,5 +1,5 @@
 """Examines a teacher: how often it answers in valid JSON, how often its verdict is right, how often it disagrees with
-itself.
+itself; and whether it tells right titles from wrong ones.
 
 Pairs are balanced: half of one class, half of different classes; the different ones are look-alikes (nearest classes by
 attributes) or, where a catalogue has no attributes, random. The share of mixed groups says whether SAGA could learn
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
+from fieldmark.teacher.align import Aligner
 from fieldmark.teacher.compare import Domain, compare_prompt, parse_verdict
+from fieldmark.teacher.judging import JudgedTexts
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.prefix import rollout
 from fieldmark.teacher.speaking import PairDrawer, PhotoBank
@@ -111,6 +113,76 @@ def examine(
         yes_auc=float(roc_auc_score(truth, yes.mean(1))),
         completion_length=float(np.mean(lengths)),
         attributes_right=float(np.mean(named)) if named else float("nan"),
+    )
+
+
+@dataclass(frozen=True)
+class AlignmentExamination:
+    """How a teacher judges texts about photos, fractions 0..1.
+
+    Attributes:
+        photos: number of photos.
+        own_over_edited: share of photos whose own title scores higher than itself with one value exchanged (0.5 where
+            no title names a value).
+        own_over_other: share whose own title scores higher than the title of an item with other attributes.
+        auc: area under the ROC curve of own titles against both kinds of false ones.
+        accuracy: share of right answers at a score of one half, own titles and false ones weighing the same.
+    """
+
+    photos: int
+    own_over_edited: float
+    own_over_other: float
+    auc: float
+    accuracy: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {key: round(float(value), 4) for key, value in asdict(self).items()}
+
+
+def examine_alignment(
+    teacher: Teacher,
+    bank: PhotoBank,
+    *,
+    values: dict[str, list[str]],
+    photos: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> AlignmentExamination:
+    """Scores the bank's titles, right and wrong ones.
+
+    Args:
+        teacher: the teacher.
+        bank: photos with titles.
+        values: values of each attribute that may take another's place.
+        photos: photos asked about at most.
+        batch_size: photos at once.
+        seed: chooses photos and texts.
+    """
+    rng = np.random.default_rng(seed)
+    texts = JudgedTexts(bank.titles, [bank.attributes[c] for c in bank.classes], rng, values, many_wrong=0.0)
+    chosen = [int(i) for i in rng.permutation(len(bank.titles)) if bank.titles[i]][:photos]
+    aligner = Aligner(teacher, bank.tokens.shape[2])
+    asked, edited = [], []
+    for photo in chosen:
+        wrong = texts.edited(photo)
+        other = texts.other_title(photo).text
+        edited.append(wrong is not None)
+        asked.append([bank.titles[photo] or "", other if wrong is None else wrong.text, other])
+    starts = range(0, len(chosen), batch_size)
+    parts = [
+        aligner.scores(bank.visual(chosen[start : start + batch_size]), asked[start : start + batch_size])
+        for start in starts
+    ]
+    own, changed, other_scores = torch.cat(parts).double().numpy().T
+    mask = np.array(edited)
+    false = np.concatenate([changed[mask], other_scores])
+    truth = np.concatenate([np.ones(len(own)), np.zeros(len(false))])
+    return AlignmentExamination(
+        photos=len(chosen),
+        own_over_edited=float((own > changed)[mask].mean()) if mask.any() else 0.5,
+        own_over_other=float((own > other_scores).mean()),
+        auc=float(roc_auc_score(truth, np.concatenate([own, false]))),
+        accuracy=float(((own > 0.5).mean() + (false < 0.5).mean()) / 2),
     )
 
 

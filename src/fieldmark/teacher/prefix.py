@@ -28,6 +28,7 @@ from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.attention import (
     PACKED,
     SHARED_PREFIX,
+    SHARED_SUFFIX,
     AttentionRecorder,
     CompletionLayer,
     PackedLayout,
@@ -373,6 +374,35 @@ def _decode(teacher: Teacher, prompt: Prompt, tokens: Tensor, step: int, cache: 
             shared=shared,
         ).last_hidden_state
     return teacher.lm_head(hidden[:, 0])
+
+
+def suffix_states(teacher: Teacher, prompt: Prompt, visual: VisualTokens, ids: Tensor) -> tuple[Tensor, ...]:
+    """Hidden states of K texts behind the same prompt, which is computed once for all of them.
+
+    Args:
+        teacher: the teacher; its parameters may require gradients.
+        prompt: what the texts have in common, images included.
+        visual: tokens of the images, B = prompts * n_images, prompt-major.
+        ids: [prompts, K, T] token ids, right-padded.
+
+    Returns:
+        For each layer [prompts, K, T, D], the last one normalised for the head; those behind a text's last token are
+        of no use.
+    """
+    prompts = _check_visual(teacher, prompt, visual)
+    count, length = ids.shape[1:]
+    _, shared = _prefill(teacher, prompt, visual)
+    positions = prompt.next_position + torch.arange(length, device=ids.device)
+    shaped = positions.expand(len(prompt.position_ids), prompts * count, -1)
+    with attention_for(teacher.language_model, SHARED_SUFFIX):
+        hidden = teacher.language_model(
+            inputs_embeds=_embed(teacher, ids.flatten(0, 1)),
+            position_ids=shaped if teacher.uses_mrope else shaped[0],
+            use_cache=False,
+            output_hidden_states=True,
+            shared=shared,
+        ).hidden_states
+    return tuple(states.unflatten(0, (prompts, count)) for states in hidden[1:])
 
 
 def _texts(teacher: Teacher, ids: Tensor, mask: Tensor, group_size: int) -> list[list[str]]:

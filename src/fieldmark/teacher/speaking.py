@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.compare import Domain, answer_json, compare_prompt
+from fieldmark.teacher.judging import Judging
 from fieldmark.teacher.model import Prompt, Teacher, VisualTokens
 from fieldmark.teacher.reading import warm_cosine
 
@@ -34,11 +35,13 @@ class PhotoBank:
         tokens: [photos, 1 + DeepStack features, N, D], the merged tokens first.
         classes: [photos] class of each photo.
         attributes: attributes of each class.
+        titles: [photos] title of each photo, None where it has none.
     """
 
     tokens: Tensor
     classes: np.ndarray
     attributes: list[dict[str, str]]
+    titles: list[str | None]
 
     @cached_property
     def values(self) -> dict[str, list[str]]:
@@ -165,45 +168,73 @@ def encode_answers(tokenizer: Any, answers: Sequence[str], *, comparison_only: b
     return ids, torch.tensor([mask + [False] * n for mask, n in zip(masks, padding, strict=True)])
 
 
+class Comparing:
+    """The skill of comparing: ideal answers about pairs of the bank's photos, and drills on made-up items.
+
+    Args:
+        teacher: its language model is trained.
+        domain: the question.
+        bank: photos.
+        batch_size: pairs a step.
+        drills: comparisons of made-up items a step; only what follows the descriptions is learned of them.
+        seed: draws.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        domain: Domain,
+        bank: PhotoBank,
+        *,
+        batch_size: int = 10,
+        drills: int = 12,
+        seed: int = 0,
+    ) -> None:
+        self.teacher, self.domain, self.bank = teacher, domain, bank
+        self.batch_size, self.drills = batch_size, drills
+        self.rng = np.random.default_rng(seed)
+        self.drawer = PairDrawer(bank, self.rng)
+        self.prompt = teacher.prompt(compare_prompt(domain), 2, bank.tokens.shape[2])
+        self.without_photos = teacher.prompt(compare_prompt(domain), 0, bank.tokens.shape[2])
+
+    def loss(self) -> Tensor:
+        """Of one step."""
+        tokenizer, bank, domain = self.teacher.tokenizer, self.bank, self.domain
+        pairs = [self.drawer.draw() for _ in range(self.batch_size)]
+        ids, mask = encode_answers(tokenizer, [ideal_answer(domain, bank, p) for p in pairs], comparison_only=False)
+        visual = bank.visual([photo for pair in pairs for photo in pair[:2]])
+        loss = answer_loss(self.teacher, self.prompt, visual, ids, mask)
+        if self.drills:
+            made_up = [drill(domain, bank, self.rng) for _ in range(self.drills)]
+            ids, mask = encode_answers(tokenizer, made_up, comparison_only=True)
+            loss = loss + answer_loss(self.teacher, self.without_photos, None, ids, mask)
+        return loss
+
+    def parameters(self) -> list[Tensor]:
+        """None of its own."""
+        return []
+
+
 def train_language(
     teacher: Teacher,
-    domain: Domain,
-    bank: PhotoBank,
+    skills: Sequence[Comparing | Judging],
     *,
     steps: int,
-    batch_size: int = 10,
-    drills: int = 12,
     learning_rate: float = 1e-3,
     bf16: bool = False,
-    seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Fine-tunes the teacher's language model (and tied head) in place.
-
-    Each step learns `batch_size` ideal answers about pairs of the bank's photos, and the comparison in `drills` answers
-    about made-up items.
-    """
-    rng = np.random.default_rng(seed)
-    drawer = PairDrawer(bank, rng)
-    tokenizer = teacher.tokenizer
-    prompt = teacher.prompt(compare_prompt(domain), 2, bank.tokens.shape[2])
-    without_photos = teacher.prompt(compare_prompt(domain), 0, bank.tokens.shape[2])
-    parameters = [*{id(p): p for m in (teacher.language_model, teacher.lm_head) for p in m.parameters()}.values()]
-    for parameter in parameters:
+    """Fine-tunes the teacher's language model (and tied head) in place, on the sum of its skills' losses."""
+    body = [*{id(p): p for m in (teacher.language_model, teacher.lm_head) for p in m.parameters()}.values()]
+    for parameter in body:
         parameter.requires_grad_(True)
     teacher.language_model.train()
+    parameters = [*body, *(parameter for skill in skills for parameter in skill.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
     for step in range(steps):
-        pairs = [drawer.draw() for _ in range(batch_size)]
-        ids, mask = encode_answers(tokenizer, [ideal_answer(domain, bank, p) for p in pairs], comparison_only=False)
-        visual = bank.visual([photo for pair in pairs for photo in pair[:2]])
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-            loss = answer_loss(teacher, prompt, visual, ids, mask)
-            if drills:
-                made_up = [drill(domain, bank, rng) for _ in range(drills)]
-                ids, mask = encode_answers(tokenizer, made_up, comparison_only=True)
-                loss = loss + answer_loss(teacher, without_photos, None, ids, mask)
+        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
+            loss = torch.stack([skill.loss() for skill in skills]).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -211,6 +242,6 @@ def train_language(
         schedule.step()
         if progress is not None:
             progress(step + 1, float(loss.detach()))
-    for parameter in parameters:
+    for parameter in body:
         parameter.requires_grad_(False)
     teacher.language_model.eval()

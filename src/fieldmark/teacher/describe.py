@@ -1,0 +1,179 @@
+"""Comparative captions: a frozen multimodal LLM writes of two look-alike photos what tells them apart.
+
+Paper: MAPLE, arXiv 2506.06970, section 3.1 and figure 4: two brief captions that stress the visual differences of two
+images, as JSON {"Image 1": ..., "Image 2": ...}; temperature 0.7, three generations a pair, pairs among an anchor and
+its hard negatives. The wording of the prompt is ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from fieldmark.data.photos import PhotoRef, open_photo
+from fieldmark.errors import FieldmarkError
+from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, teacher_fingerprint
+from fieldmark.teacher.model import Teacher
+from fieldmark.teacher.prefix import rollout
+
+logger = logging.getLogger(__name__)
+
+CAPTION_PROMPT = (
+    "Look at both images and find the key visual differences between them. Write one brief caption for each image that "
+    'stresses these differences. Answer with JSON only: {"Image 1": "caption of the first image", '
+    '"Image 2": "caption of the second image"}'
+)
+CAPTION_KEYS = ("Image 1", "Image 2")
+MAX_CAPTION_CHARACTERS = 400
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("photo_1", "photo_2", "caption_1", "caption_2", "answer")]
+    + [("generation", pa.int32())]
+)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions of each photo, and how many answers were none.
+
+    Attributes:
+        of: for each photo its captions, in the order of pairs and generations, each once.
+        answers: answers in all.
+        failed: answers that were no JSON of two captions; each is in the cache with its text.
+    """
+
+    of: list[list[str]]
+    answers: int
+    failed: int
+
+
+def parse_captions(answer: str) -> tuple[str, str] | None:
+    """The two captions of an answer; None where it is not one JSON object of two texts (prose around it is allowed)."""
+    start, stop = answer.find("{"), answer.rfind("}")
+    if start < 0 or stop < start:
+        return None
+    try:
+        found = json.loads(answer[start : stop + 1])
+    except (ValueError, RecursionError):
+        return None
+    captions = [found.get(key) for key in CAPTION_KEYS] if isinstance(found, dict) else []
+    cleaned = [" ".join(text.split()) for text in captions if isinstance(text, str)]
+    if len(cleaned) != 2 or not all(0 < len(text) <= MAX_CAPTION_CHARACTERS for text in cleaned):
+        return None
+    return cleaned[0], cleaned[1]
+
+
+def candidate_pairs(anchor: int, negatives: Sequence[int]) -> list[tuple[int, int]]:
+    """All pairs among an anchor and its hard negatives: six for three negatives (MAPLE, section 3.1)."""
+    return list(itertools.combinations((anchor, *negatives), 2))
+
+
+def caption_cache(path: Path, teacher: Teacher, *, temperature: float, max_new_tokens: int, seed: int) -> AnswerCache:
+    """The cache of a teacher's comparative captions; see :class:`AnswerCache` for what is refused."""
+    made_by = {
+        "answers": "captions",
+        "teacher": teacher_fingerprint(teacher),
+        "precision": str(teacher.dtype).removeprefix("torch."),
+        "prompt": CAPTION_PROMPT,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    return AnswerCache(path, SCHEMA, made_by)
+
+
+def label_captions(
+    teacher: Teacher,
+    photos: Sequence[PhotoRef],
+    pairs: Sequence[tuple[int, int]],
+    cache: AnswerCache,
+    *,
+    generations: int = 3,
+    batch_size: int = 4,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Captions:
+    """Captions of photos by the pairs they stand in; what the cache knows is not asked again.
+
+    Args:
+        teacher: the frozen teacher; its own tower sees the photos.
+        photos: P photos.
+        pairs: indices of two photos each; a pair given twice is asked once.
+        cache: of `caption_cache`, opened by the caller's `with`; its settings are used.
+        generations: answers a pair.
+        batch_size: pairs asked about at once.
+        progress: called with the number of pairs done.
+
+    Raises:
+        FieldmarkError: a photo cannot be read, no pair, or not one valid answer in all.
+    """
+    if not pairs or generations < 1:
+        raise FieldmarkError(f"{len(pairs)} pairs and {generations} generations were given; expected 1 or more of each")
+    hashes = [photo_hash(ref) for ref in photos]
+    distinct = list(dict.fromkeys(pairs))
+    keys = {pair: [answer_key(*(hashes[i] for i in pair), str(g)) for g in range(generations)] for pair in distinct}
+    waiting = [pair for pair in distinct if any(key not in cache for key in keys[pair])]
+    done = len(distinct) - len(waiting)
+    progress(done)
+    settings = cache.made_by
+    for start in range(0, len(waiting), batch_size):
+        chunk = waiting[start : start + batch_size]
+        visual = teacher.visual_tokens([open_photo(photos[i]) for pair in chunk for i in pair])
+        rolled = rollout(
+            teacher,
+            teacher.prompt(CAPTION_PROMPT, 2, visual.tokens.shape[1]),
+            visual,
+            group_size=generations,
+            temperature=settings["temperature"],
+            top_p=1.0,
+            max_new_tokens=settings["max_new_tokens"],
+            # Of its photos and the seed alone, so that an answer does not depend on when it was asked for.
+            generator=[torch.Generator().manual_seed(int(keys[pair][0][:12], 16) + settings["seed"]) for pair in chunk],
+        )
+        for pair, answers in zip(chunk, rolled.texts, strict=True):
+            cache.add(_rows(hashes, pair, keys[pair], answers))
+        done += len(chunk)
+        progress(done)
+    return _gather(len(photos), distinct, keys, cache)
+
+
+def _rows(hashes: Sequence[str], pair: tuple[int, int], keys: Sequence[str], answers: Sequence[str]) -> list[dict]:
+    rows = []
+    for generation, (key, answer) in enumerate(zip(keys, answers, strict=True)):
+        first, second = parse_captions(answer) or (None, None)
+        photos = {"photo_1": hashes[pair[0]], "photo_2": hashes[pair[1]]}
+        captions = {"caption_1": first, "caption_2": second}
+        rows.append({"key": key, **photos, **captions, "answer": answer, "generation": generation})
+    return rows
+
+
+def _gather(
+    photos: int, pairs: Sequence[tuple[int, int]], keys: dict[tuple[int, int], list[str]], cache: AnswerCache
+) -> Captions:
+    of: list[dict[str, None]] = [{} for _ in range(photos)]
+    answers = failed = 0
+    for pair in pairs:
+        for key in keys[pair]:
+            row = cache[key]
+            answers += 1
+            if row["caption_1"] is None:
+                failed += 1
+                continue
+            of[pair[0]][row["caption_1"]] = None
+            of[pair[1]][row["caption_2"]] = None
+    if failed == answers:
+        example = cache[keys[pairs[0]][0]]["answer"]
+        raise FieldmarkError(
+            f"none of the teacher's {answers} answers was JSON of two captions (the first: {example[:60]!r}); "
+            "use the catalogue's titles, or another teacher"
+        )
+    if failed:
+        logger.warning(
+            "%d of %d answers were no JSON of two captions; they are listed in %s", failed, answers, cache.path
+        )
+    return Captions([list(texts) for texts in of], answers, failed)

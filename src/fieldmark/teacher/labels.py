@@ -1,0 +1,107 @@
+"""Alignment scores of a catalogue's photos and texts, through the cache: what `fieldmark label align` writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fieldmark.data.photos import PhotoRef, open_photo
+from fieldmark.errors import FieldmarkError
+from fieldmark.teacher.align import QUESTION, Aligner
+from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, teacher_fingerprint
+from fieldmark.teacher.model import Teacher
+
+SCHEMA = pa.schema([("photo", pa.string()), ("text", pa.string()), ("score", pa.float32())])
+
+
+def alignment_cache(path: Path, teacher: Teacher, resolution: int | None = None) -> AnswerCache:
+    """The cache of a teacher's alignment scores.
+
+    Raises:
+        FieldmarkError: the file is of another teacher, prompt or resolution, or holds a score that is no number.
+    """
+    made_by = {
+        "answers": "alignment",
+        "teacher": teacher_fingerprint(teacher),
+        "precision": str(teacher.dtype).removeprefix("torch."),
+        "question": QUESTION,
+        "resolution": resolution,
+    }
+    cache = AnswerCache(path, SCHEMA, made_by)
+    for row in cache.rows.values():
+        if row["score"] is None or not 0 <= row["score"] <= 1:
+            raise FieldmarkError(
+                f"the alignment scores in {path} hold {row['score']} for the text {row['text'][:40]!r}; scores lie in "
+                "0 to 1, delete the file to ask anew"
+            )
+    return cache
+
+
+def label_alignment(
+    teacher: Teacher,
+    photos: Sequence[PhotoRef],
+    texts: Sequence[Sequence[str]],
+    cache: AnswerCache,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[float]]:
+    """Scores of each photo's texts; what the cache knows is not asked again.
+
+    Args:
+        teacher: the frozen teacher; its own tower sees the photos.
+        photos: P photos.
+        texts: for each of them any number of texts.
+        cache: of `alignment_cache`, opened by the caller's `with`.
+        resolution: side in pixels the photos are resized to, None for the teacher's usual one.
+        batch_size: photos asked about at once.
+        progress: called with the number of photos done.
+
+    Returns:
+        For each photo its texts' scores.
+
+    Raises:
+        FieldmarkError: a photo cannot be read, a text cannot be asked about, or a score is no number.
+    """
+    hashes = [photo_hash(ref) for ref in photos]
+    keys = [[answer_key(own, text) for text in row] for own, row in zip(hashes, texts, strict=True)]
+    asked: dict[int, list[int]] = {}  # photo -> its texts that nobody knows yet, each once
+    seen: set[str] = set()
+    for photo, row in enumerate(keys):
+        for place, key in enumerate(row):
+            if key not in cache and key not in seen:
+                seen.add(key)
+                asked.setdefault(photo, []).append(place)
+    # Photos with equally many texts run together: shorter lists would be filled up with texts asked for nothing.
+    order = sorted(asked, key=lambda photo: len(asked[photo]))
+    done = len(photos) - len(order)
+    progress(done)
+    aligner: Aligner | None = None
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        visual = teacher.visual_tokens([open_photo(photos[photo]) for photo in chunk], resolution)
+        aligner = aligner or Aligner(teacher, visual.tokens.shape[1])
+        width = max(len(asked[photo]) for photo in chunk)
+        wanted = [[texts[photo][place] for place in asked[photo]] for photo in chunk]
+        scores = aligner.scores(visual, [row + row[:1] * (width - len(row)) for row in wanted]).tolist()
+        cache.add(
+            _row(hashes[photo], keys[photo][place], texts[photo][place], scores[i][k])
+            for i, photo in enumerate(chunk)
+            for k, place in enumerate(asked[photo])
+        )
+        done += len(chunk)
+        progress(done)
+    return [[cache[key]["score"] for key in row] for row in keys]
+
+
+def _row(photo: str, key: str, text: str, score: float) -> dict[str, Any]:
+    if not math.isfinite(score):
+        raise FieldmarkError(
+            f"the teacher's score of the text {text[:40]!r} is {score}; load it with --teacher_dtype float32"
+        )
+    return {"key": key, "photo": photo, "text": text, "score": score}
