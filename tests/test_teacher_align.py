@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers_tiny import make_tiny_teacher
-
 from fieldmark.data.photos import load_square
 from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.align import QUESTION, Aligner
 from fieldmark.teacher.model import Teacher
+from helpers_tiny import make_tiny_teacher
 
 KINDS = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "llava")
 TEXTS = ["a red bird", "Zinc, 5 pieces", "", "éàü ひ", "a much longer title with many words, a number 12345 and an end"]

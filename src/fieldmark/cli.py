@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a student by one of the methods",
     "evaluate": "measure a student on a catalogue",
     "embed": "write a student's vectors of a catalogue to a Parquet file",
+    "label": "ask a teacher about a catalogue once: alignment scores, comparative captions",
     "build-teacher": "make a small teacher for a catalogue with attributes",
     "compare": "runs side by side: mean and spread over seeds",
     "doctor": "versions, devices, memory, and what is misconfigured",
@@ -26,6 +27,7 @@ COMMANDS = {
 # method -> what it is; its module is fieldmark.methods.NAME with `train(config)`, its settings the class named here
 METHODS = {
     "metric": ("MetricConfig", "a metric loss alone (the controls)"),
+    "maple": ("MapleConfig", "preferences of a frozen multimodal LLM for image-text embeddings, arXiv 2506.06970"),
     "saga": ("SagaConfig", "metric loss, policy gradient and attention of a frozen multimodal LLM, arXiv 2606.15134"),
 }
 PROGRAM = "fieldmark"

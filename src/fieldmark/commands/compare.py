@@ -43,13 +43,14 @@ def run(argv: list[str]) -> None:
         switches=("json",),
     )
     from fieldmark.evaluation.comparison import group_queries, paired_groups, runs_without_queries
-    from fieldmark.evaluation.runs import group_runs
+    from fieldmark.evaluation.runs import COMPARED, group_runs
 
     groups = group_runs([Path(name) for name in options.runs])
     if options.html is not None:
         _write_page(groups, Path(options.html))
     queries = [group_queries(group) for group in groups]
-    tests, older = paired_groups(queries), runs_without_queries(groups)
+    tests = paired_groups(queries)
+    older = runs_without_queries([group for group in groups if group.compared == COMPARED])
     intervals = [None if one is None else one.intervals() for one in queries]
     if options.json:
         summaries = [group.summary() | {"intervals": bounds} for group, bounds in zip(groups, intervals, strict=True)]
@@ -78,7 +79,8 @@ def _write_page(groups: Sequence[Group], path: Path) -> None:
 def _name(group: Group, groups: Sequence[Group]) -> list[str]:
     """A group in words, a line each: method, length and seeds, what differs from the others."""
     seeds = f"{len(group.runs)} seed" + "s" * (len(group.runs) > 1)
-    name = [f"{group.method} {group.settings.get('loss')}, {group.settings.get('pooling')}"]
+    kind = group.settings.get("loss") or f"preference {group.settings.get('preference')}"
+    name = [f"{group.method} {kind}, {group.settings.get('pooling')}"]
     name.append(f"{group.steps}, {seeds}")
     name += [f"{key} {value}" for key, value in group.differs.items()]
     if len({other.settings.get("data") for other in groups}) > 1:
@@ -87,18 +89,20 @@ def _name(group: Group, groups: Sequence[Group]) -> list[str]:
 
 
 def _print_means(groups: Sequence[Group], names: Sequence[list[str]], intervals: Sequence[Any]) -> None:
-    from fieldmark.evaluation.runs import COMPARED
-
-    rows = []
-    for group, name, bounds in zip(groups, names, intervals, strict=True):
-        for when in ("before", "after"):
-            known = {} if bounds is None else bounds[when]
-            cells = [_cell(group.spread(when, metric), known.get(metric)) for metric in COMPARED]
-            rows.append(("\n".join(name) if when == "before" else "", when, *cells))
-    title = "mean ± sample standard deviation over seeds"
-    if any(intervals):
-        title += ", below it the 95 % interval over queries"
-    print_table(title, ("runs", "", *COMPARED), rows)
+    """A table for runs with photos alone, one for those with texts."""
+    for metrics in dict.fromkeys(group.compared for group in groups):
+        rows = []
+        for group, name, bounds in zip(groups, names, intervals, strict=True):
+            if group.compared != metrics:
+                continue
+            for when in ("before", "after"):
+                known = {} if bounds is None else bounds[when]
+                cells = [_cell(group.spread(when, metric), known.get(metric)) for metric in metrics]
+                rows.append(("\n".join(name) if when == "before" else "", when, *cells))
+        title = "mean ± sample standard deviation over seeds"
+        if any(intervals):
+            title += ", below it the 95 % interval over queries"
+        print_table(title, ("runs", "", *metrics), rows)
 
 
 def _print_tests(tests: Sequence[PairedGroups], short: Sequence[str]) -> None:

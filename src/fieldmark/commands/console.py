@@ -13,7 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SHOWN = ("recall@1", "recall@4", "map@r", "nmi")
+SHOWN = (
+    "recall@1", "recall@4", "map@r", "nmi", "i2t_recall@1", "t2i_recall@1", "text_score", "image_score", "group_score",
+    "gap_ratio",
+)  # fmt: skip
 WIDTH_OF_A_FILE = 120
 
 

@@ -51,6 +51,6 @@ def _sentences(found: dict[str, Any]) -> list[str]:
         f"Training runs on {can['device']}; --precision {can['precision']} suits it.",
         f"A frozen teacher may have about {can['teacher_billions']} billion parameters: its "
         f"{can['precision']} weights then take half of that memory.",
-        f"Published teachers that fit: {', '.join(can['teachers']) or 'none, build one with `fieldmark build-teacher`'}.",
+        f"Published teachers that fit: {', '.join(can['teachers']) or 'none; `fieldmark build-teacher` makes one'}.",
         *([] if found["problems"] else ["No problem found."]),
     ]

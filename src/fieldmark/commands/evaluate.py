@@ -12,6 +12,8 @@ from fieldmark.data.options import CatalogOptions, read_catalog
 from fieldmark.errors import FieldmarkError
 
 if TYPE_CHECKING:
+    import datasets
+
     from fieldmark.evaluation.confusions import ClassPair
     from fieldmark.evaluation.student import Evaluation
 
@@ -25,6 +27,8 @@ class EvaluateOptions(CatalogOptions):
         split: part of the catalogue to measure on.
         batch_size: photos embedded at once.
         ks: depths k of recall@k, for example 1,10,100,1000.
+        groups: JSONL of groups (image_0, image_1, caption_0, caption_1) for an image-text student; null makes them of
+            the catalogue.
         bad_files: CSV file to write the photos to that were skipped; their number is printed in any case.
         json: print one JSON object.
     """
@@ -33,6 +37,7 @@ class EvaluateOptions(CatalogOptions):
     split: Literal["train", "val", "test"] = "test"
     batch_size: int = 64
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    groups: str | None = None
     bad_files: str | None = None
     json: bool = False
 
@@ -59,36 +64,53 @@ def run(argv: list[str]) -> None:
     from fieldmark.commands.models import load_model
     from fieldmark.data.catalog import select_split
     from fieldmark.data.checks import write_bad_photos
-    from fieldmark.evaluation.confusions import hardest_class_pairs, recall_by_differing_attributes
-    from fieldmark.evaluation.student import evaluate_student
+    from fieldmark.data.groups import find_groups
+    from fieldmark.evaluation.multimodal import evaluate_multimodal
+    from fieldmark.evaluation.student import evaluate_student, has_positives
+    from fieldmark.students.items import is_multimodal
 
     catalog, bad = read_catalog(options)
     catalog = select_split(catalog, options.split)
     bad = [one for one in bad if one.split == options.split]
     if options.bad_files is not None:
         write_bad_photos(bad, Path(options.bad_files))
-    measured = evaluate_student(load_model(options.model), catalog, batch_size=options.batch_size, ks=options.ks)
-    if options.bad_photos == "skip":
-        measured.metrics["n_bad_photos"] = len(bad)
-    labels, attributes = list(catalog["label"]), list(catalog["attributes"])
-    pairs = hardest_class_pairs(measured.per_query, labels, attributes)
-    by_attributes = recall_by_differing_attributes(measured.per_query, labels, attributes)
+    student = load_model(options.model)
+    metrics: dict[str, float] = {"n_bad_photos": len(bad)} if options.bad_photos == "skip" else {}
+    intervals: dict[str, tuple[float, float]] = {}
+    more: dict[str, Any] = {}
+    with_texts = is_multimodal(student) and any(catalog["title"])
+    # A photo's title finds it, whether or not another photo of its class does.
+    if not with_texts or (all(catalog["label"]) and has_positives(catalog)):
+        measured = evaluate_student(student, catalog, batch_size=options.batch_size, ks=options.ks)
+        metrics, intervals = measured.metrics | metrics, measured.intervals
+        more |= _confusions(measured, catalog)
+    if with_texts:
+        groups = find_groups(options.data, catalog, options.groups)
+        texts = evaluate_multimodal(student, catalog, groups, batch_size=options.batch_size)
+        metrics, intervals = metrics | texts.metrics, intervals | texts.intervals
+        more["groups_by_category"] = texts.by_category
     if options.json:
-        print_json(
-            {
-                "model": options.model,
-                "data": options.data,
-                "split": options.split,
-                **measured.metrics,
-                "intervals": measured.intervals,
-                "hardest_class_pairs": [_pair_summary(pair, list(catalog["item_id"])) for pair in pairs],
-                "recall_by_differing_attributes": by_attributes,
-            }
-        )
-    else:
-        _print_metrics(f"{options.model} on {options.data} ({options.split})", measured)
-        _print_pairs(pairs)
-        _print_by_attributes(by_attributes)
+        about = {"model": options.model, "data": options.data, "split": options.split}
+        print_json({**about, **metrics, "intervals": intervals, **more})
+        return
+    rows = [(name, number(value, name), interval(intervals.get(name))) for name, value in metrics.items()]
+    title = f"{options.model} on {options.data} ({options.split})"
+    print_table(title, ("metric", "value", "95 % interval over queries"), rows)
+    _print_pairs(more.get("hardest_class_pairs", []))
+    _print_by_attributes(more.get("recall_by_differing_attributes", []))
+    _print_categories(more.get("groups_by_category", {}))
+
+
+def _confusions(measured: Evaluation, catalog: datasets.Dataset) -> dict[str, Any]:
+    """Hardest class pairs, their examples by item_id, and recall by the number of differing attributes."""
+    from fieldmark.evaluation.confusions import hardest_class_pairs, recall_by_differing_attributes
+
+    labels, attributes, items = (list(catalog[name]) for name in ("label", "attributes", "item_id"))
+    pairs = hardest_class_pairs(measured.per_query, labels, attributes)
+    return {
+        "hardest_class_pairs": [_pair_summary(pair, items) for pair in pairs],
+        "recall_by_differing_attributes": recall_by_differing_attributes(measured.per_query, labels, attributes),
+    }
 
 
 def _pair_summary(pair: ClassPair, item_ids: list[str]) -> dict[str, Any]:
@@ -97,25 +119,25 @@ def _pair_summary(pair: ClassPair, item_ids: list[str]) -> dict[str, Any]:
     return asdict(pair) | {"examples": examples}
 
 
-def _print_metrics(title: str, measured: Evaluation) -> None:
-    rows = [
-        (name, number(value, name), interval(measured.intervals.get(name))) for name, value in measured.metrics.items()
-    ]
-    print_table(title, ("metric", "value", "95 % interval over queries"), rows)
-
-
-def _print_pairs(pairs: list[ClassPair]) -> None:
+def _print_pairs(pairs: list[dict[str, Any]]) -> None:
     if not pairs:
         return
-    known = any(pair.differing is not None for pair in pairs)
+    known = any(pair["differing"] is not None for pair in pairs)
     rows = []
     for pair in pairs:
-        row = [" / ".join(pair.classes), f"{pair.count} of {pair.queries} queries"]
+        row = [" / ".join(pair["classes"]), f"{pair['count']} of {pair['queries']} queries"]
         if known:
-            row.append("\n".join(f"{name}: {first} / {second}" for name, first, second in pair.differing or []))
+            row.append("\n".join(f"{name}: {first} / {second}" for name, first, second in pair["differing"] or []))
         rows.append(row)
     columns = ("classes", "confused", *(["attributes that differ"] if known else []))
     print_table("hardest class pairs", columns, rows)
+
+
+def _print_categories(categories: dict[str, dict[str, float]]) -> None:
+    if categories:
+        names = ("text_score", "image_score", "group_score", "n_groups")
+        rows = [(name, *(number(found[key], key) for key in names)) for name, found in categories.items()]
+        print_table("groups by category", ("category", *names), rows)
 
 
 def _print_by_attributes(rows: list[dict[str, Any]]) -> None:

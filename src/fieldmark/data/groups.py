@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -65,21 +66,20 @@ def attribute_groups(rows: datasets.Dataset, count: int, seed: int = 0) -> list[
     groups: list[Group] = []
     used: set[int] = set()
     while any(found.values()) and len(groups) < count:
-        for name in names:
-            pair = next(
-                (p for p in iter(lambda n=name: found[n].pop() if found[n] else None, None) if not used & set(p)), None
-            )
-            if pair is not None and len(groups) < count:
-                used |= set(pair)
-                (image_0, title_0, _), (image_1, title_1, _) = (items[i] for i in pair)
-                groups.append(Group(image_0, image_1, title_0, title_1, name))
+        for name in [name for name in names if found[name]][: count - len(groups)]:
+            one, other = found[name].pop()
+            if used & {one, other}:
+                continue
+            used |= {one, other}
+            (image_0, title_0, _), (image_1, title_1, _) = items[one], items[other]
+            groups.append(Group(image_0, image_1, title_0, title_1, name))
     return groups
 
 
 def _differing(members: list[int], items: list, name: str) -> list[tuple[int, int]]:
     """Neighbours in the (shuffled) order of `members` with other values of the attribute and other titles."""
     pairs = []
-    for one, other in zip(members, members[1:]):
+    for one, other in pairwise(members):
         (_, title, attributes), (_, other_title, others) = items[one], items[other]
         if attributes[name] != others[name] and folded(title) != folded(other_title):
             pairs.append((one, other))

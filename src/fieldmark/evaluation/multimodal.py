@@ -14,6 +14,7 @@ from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.cross_modal import cross_modal_recall
 from fieldmark.evaluation.groups import group_scores, group_scores_by_category, group_similarity
 from fieldmark.evaluation.modality_gap import ModalityGap, modality_gap
+from fieldmark.evaluation.uncertainty import bootstrap_interval
 from fieldmark.progress import JobProgress
 from fieldmark.students.items import encode_items
 
@@ -32,6 +33,7 @@ class MultimodalEvaluation:
         groups: [G, 2, 2] cosines of photo i and caption t of each group.
         by_category: group scores of each category.
         gap: distributions behind the modality gap; None without groups.
+        intervals: 95 % bootstrap interval over groups of each group score.
     """
 
     metrics: dict[str, float]
@@ -40,6 +42,7 @@ class MultimodalEvaluation:
     groups: np.ndarray
     by_category: dict[str, dict[str, float]] = field(default_factory=dict)
     gap: ModalityGap | None = None
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def evaluate_multimodal(
@@ -98,4 +101,11 @@ def evaluate_multimodal(
     gap = modality_gap(group_texts[:, 0], group_texts[:, 1], group_photos[:, 0], group_photos[:, 1])
     metrics |= {"gap_dist": gap.w_dist, "gap_disc": gap.w_disc, "gap_ratio": gap.ratio}
     categories = group_scores_by_category(similarity, [g.category for g in groups])
-    return MultimodalEvaluation(metrics, photos, texts, similarity, categories, gap)
+    own, crossed = similarity[:, [0, 1], [0, 1]], similarity[:, [0, 1], [1, 0]]
+    right = {
+        "text_score": (own > crossed).all(axis=1),
+        "image_score": (own > crossed[:, ::-1]).all(axis=1),
+    }
+    right["group_score"] = right["text_score"] & right["image_score"]
+    intervals = {name: bootstrap_interval(values) for name, values in right.items()}
+    return MultimodalEvaluation(metrics, photos, texts, similarity, categories, gap, intervals)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PER_QUERY = "per_query.parquet"
 COMPARED = ("recall@1", "recall@4", "map@r", "nmi")
+COMPARED_WITH_TEXTS = ("i2t_recall@1", "t2i_recall@1", "text_score", "image_score", "group_score", "gap_ratio")
 # settings that say where a run lies and how fast it went, not what was trained
 ASIDE = ("out", "seed", "resume", "workers", "eval_batch_size", "save_steps")
 NAMED = ("loss", "pooling", "data")
@@ -52,6 +53,11 @@ class Group:
         return self.runs[0].settings
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """Metrics that runs of this kind are compared by: those of photos, or of photos and texts."""
+        return COMPARED_WITH_TEXTS if "i2t_recall@1" in self.runs[0].after else COMPARED
+
+    @property
     def steps(self) -> str:
         """Length of training: optimizer steps where they were given, else epochs."""
         steps = self.settings.get("max_steps")
@@ -76,7 +82,7 @@ class Group:
             "seeds": [run.seed for run in self.runs],
             "runs": [str(run.folder) for run in self.runs],
             **{
-                when: {name: dict(zip(("mean", "std"), self.spread(when, name), strict=True)) for name in COMPARED}
+                when: {name: dict(zip(("mean", "std"), self.spread(when, name), strict=True)) for name in self.compared}
                 for when in ("before", "after")
             },
         }

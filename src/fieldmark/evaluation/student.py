@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from fieldmark.data.photos import PhotoRef
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.clustering import clustering_metrics
 from fieldmark.evaluation.retrieval import PerQuery, checked_ks, retrieval_per_query
 from fieldmark.evaluation.uncertainty import bootstrap_intervals
 from fieldmark.progress import JobProgress
+from fieldmark.students.items import encode_items, is_multimodal
 
 KEPT_NEIGHBOURS = 8
 
@@ -44,25 +47,46 @@ def embed_catalog(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Vectors of all photos of a catalogue, `[N, D]` float32, in its order.
+    """Vectors of all photos of a catalogue, `[N, D]` float32, in its order; see `embed_photos`."""
+    return embed_photos(student, list(catalog["image"]), batch_size=batch_size, progress=progress)
+
+
+def embed_photos(
+    student: SentenceTransformer,
+    photos: Sequence[PhotoRef],
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Vectors of photos, `[N, D]` float32.
 
     Args:
-        student: in eval mode while it embeds.
-        catalog: photos.
+        student: of photos, or of photos and texts; in eval mode while it embeds.
+        photos: references.
         batch_size: photos at once.
         progress: called with the number of photos done.
     """
-    was_training = student.training
+    if is_multimodal(student):
+        return encode_items(student, images=photos, batch_size=batch_size, progress=progress or (lambda done: None))
+    was_training, parts = student.training, []
     student.eval()
-    photos, parts = list(catalog["image"]), []
     with torch.inference_mode():
         for start in range(0, len(photos), batch_size):
-            chosen = photos[start : start + batch_size]
+            chosen = list(photos[start : start + batch_size])
             parts.append(student.encode(chosen, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False))
             if progress is not None:
                 progress(start + len(chosen))
     student.train(was_training)
     return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def has_positives(catalog: datasets.Dataset) -> bool:
+    """Whether any query of a labelled catalogue has another photo of its class to find."""
+    labels, roles = catalog["label"][:], catalog["role"][:]
+    gallery = Counter(label for label, role in zip(labels, roles, strict=True) if role != "query")
+    # A photo that is both never finds itself.
+    found = (gallery[label] > (role == "both") for label, role in zip(labels, roles, strict=True) if role != "gallery")
+    return any(found)
 
 
 def evaluate_student(

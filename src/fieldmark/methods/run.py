@@ -6,8 +6,8 @@ import json
 import math
 import resource
 import shutil
+import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +23,7 @@ from fieldmark.data.checks import BadPhoto, read_bad_photos, write_bad_photos
 from fieldmark.data.options import CatalogOptions, read_catalog
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.runs import write_per_query
-from fieldmark.evaluation.student import Evaluation, evaluate_student
+from fieldmark.evaluation.student import Evaluation, evaluate_student, has_positives
 from fieldmark.losses.metric import MetricLoss, build_metric_loss
 from fieldmark.methods.trainer import ClassBalancedSteps, last_checkpoint, this_process, training_arguments
 from fieldmark.students.build import build_student
@@ -33,27 +33,19 @@ CHANGEABLE = ("out", "resume", "workers", "eval_batch_size", "save_steps")
 
 
 @dataclass
-class TrainConfig(CatalogOptions):
+class RunConfig(CatalogOptions):
     """Settings that every method has.
 
     Attributes:
         out: run folder.
-        student: checkpoint the student's tower comes from (a folder or a hub id), or a trained student.
-        pooling: how tokens become one vector.
-        embedding_dim: size of the embedding; null keeps the tower's.
+        student: checkpoint the student comes from (a folder or a hub id), or a trained student.
         resolution: side of the square photo in pixels.
-        loss: metric loss (proxy_anchor, potential_field, multi_similarity, info_nce).
-        loss_options: options of that loss, e.g. {"temperature": 0.05}.
-        classes_per_batch: classes in a micro-batch.
-        items_per_class: photos of each class in a micro-batch.
         epochs: passes over the training photos (papers.md 1.6: 3); `max_steps` wins where it is given.
         max_steps: optimizer steps, or null.
-        learning_rate: of the tower.
-        pooler_learning_rate: of the pooler.
-        proxy_learning_rate: of the proxies; null is 100 x `learning_rate` (Proxy Anchor's own recipe).
+        learning_rate: of the tower, or of the adapters.
         weight_decay: of AdamW.
         warmup: share of steps with rising learning rate.
-        max_grad_norm: clip of the global gradient norm of tower and pooler.
+        max_grad_norm: clip of the global gradient norm of the student.
         seed: of everything random.
         save_steps: steps between checkpoints, 0 for none.
         workers: processes that decode photos beside the training, 0 to decode in it.
@@ -66,18 +58,10 @@ class TrainConfig(CatalogOptions):
 
     out: str
     student: str | None = None
-    pooling: Literal["attention", "mean"] = "attention"
-    embedding_dim: int | None = None
     resolution: int = 224
-    loss: str = "proxy_anchor"
-    loss_options: dict[str, Any] | None = None
-    classes_per_batch: int = 16
-    items_per_class: int = 4
     epochs: float = 3.0
     max_steps: int | None = None
     learning_rate: float = 2e-5
-    pooler_learning_rate: float = 1e-4
-    proxy_learning_rate: float | None = None
     weight_decay: float = 0.01
     warmup: float = 0.05
     max_grad_norm: float = 1.0
@@ -91,17 +75,54 @@ class TrainConfig(CatalogOptions):
 
     def __post_init__(self) -> None:
         """Refuses numbers that no run could have."""
-        positive = ("classes_per_batch", "items_per_class", "learning_rate", "pooler_learning_rate", "epochs")
-        for name in (*positive, "max_steps", "proxy_learning_rate", "eval_batch_size", "resolution"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise FieldmarkError(f"{name} is {value}; give a number above 0.")
-        for name in ("weight_decay", "save_steps", "workers", "max_grad_norm", "warmup", "seed"):
-            if getattr(self, name) < 0:
-                raise FieldmarkError(f"{name} is {getattr(self, name)}; give 0 or more.")
+        refuse(self, ("learning_rate", "epochs", "max_steps", "eval_batch_size", "resolution"), above_zero=True)
+        refuse(self, ("weight_decay", "save_steps", "workers", "max_grad_norm", "warmup", "seed"))
 
 
-TrainConfig.__doc__ = f"{CatalogOptions.__doc__}\n{TrainConfig.__doc__}"
+def refuse(config: Any, names: Sequence[str], *, above_zero: bool = False) -> None:
+    """Raises for the first of the settings that is below zero (or zero, where that cannot be either); null passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (value > 0 if above_zero else value >= 0):
+            expected = "a number above 0" if above_zero else "0 or more"
+            raise FieldmarkError(f"{name} is {value}; give {expected}.")
+
+
+RunConfig.__doc__ = f"{CatalogOptions.__doc__}\n{RunConfig.__doc__}"
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """Settings of the methods with a metric loss.
+
+    Attributes:
+        pooling: how tokens become one vector.
+        embedding_dim: size of the embedding; null keeps the tower's.
+        loss: metric loss (proxy_anchor, potential_field, multi_similarity, info_nce).
+        loss_options: options of that loss, e.g. {"temperature": 0.05}.
+        classes_per_batch: classes in a micro-batch.
+        items_per_class: photos of each class in a micro-batch.
+        pooler_learning_rate: of the pooler.
+        proxy_learning_rate: of the proxies; null is 100 x `learning_rate` (Proxy Anchor's own recipe).
+    """
+
+    pooling: Literal["attention", "mean"] = "attention"
+    embedding_dim: int | None = None
+    loss: str = "proxy_anchor"
+    loss_options: dict[str, Any] | None = None
+    classes_per_batch: int = 16
+    items_per_class: int = 4
+    pooler_learning_rate: float = 1e-4
+    proxy_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that no run could have."""
+        super().__post_init__()
+        names = ("classes_per_batch", "items_per_class", "pooler_learning_rate", "proxy_learning_rate")
+        refuse(self, names, above_zero=True)
+
+
+TrainConfig.__doc__ = f"{RunConfig.__doc__}\n{TrainConfig.__doc__}"
 
 
 @dataclass
@@ -138,19 +159,15 @@ def open_task(config: TrainConfig) -> Task:
 
 def _check_measurable(test: datasets.Dataset, source: str) -> None:
     """Refuses test photos that say nothing, before a folder is made: without a label, or no query with a positive."""
-    labels, roles = test["label"][:], test["role"][:]
-    if any(label is None for label in labels):
+    if any(label is None for label in test["label"]):
         raise FieldmarkError(f"{source} has test photos without a label; evaluation needs the class of each.")
-    gallery = Counter(label for label, role in zip(labels, roles, strict=True) if role != "query")
-    # A photo that is both never finds itself.
-    found = (gallery[label] > (role == "both") for label, role in zip(labels, roles, strict=True) if role != "gallery")
-    if not any(found):
+    if not has_positives(test):
         raise FieldmarkError(
             f"No test photo of {source} has another one of its class to find; give two photos of a class or more."
         )
 
 
-def check_folder(config: TrainConfig, bad: list[BadPhoto]) -> Path:
+def check_folder(config: RunConfig, bad: list[BadPhoto]) -> Path:
     """Makes the run folder, writes its `config.yaml` and the list of photos left out; a folder with a finished or
     other run is refused."""
     out = Path(config.out)
@@ -164,7 +181,7 @@ def check_folder(config: TrainConfig, bad: list[BadPhoto]) -> Path:
     return out
 
 
-def _prepare_folder(config: TrainConfig, out: Path) -> None:
+def _prepare_folder(config: RunConfig, out: Path) -> None:
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise FieldmarkError(f"--out {out} is a file or lies in one; give a folder for the run.")
     if (out / "metrics.json").exists():
@@ -179,7 +196,7 @@ def _prepare_folder(config: TrainConfig, out: Path) -> None:
     (out / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def _check_same_run(path: Path, config: TrainConfig, settings: dict[str, Any]) -> None:
+def _check_same_run(path: Path, config: RunConfig, settings: dict[str, Any]) -> None:
     """Refuses to go on with a run under other settings; a setting that its version did not have had the default."""
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -286,7 +303,7 @@ def make_arguments(config: TrainConfig, out: Path, batches: ClassBalancedSteps, 
     )
 
 
-def checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
+def checkpoint_to_resume(config: RunConfig, out: Path) -> str | None:
     """The checkpoint a resumed run starts from (none: from the beginning), the log cut back to its step."""
     found = last_checkpoint(out / "checkpoints") if config.resume else None
     if not this_process().is_main_process:
@@ -323,15 +340,25 @@ def save_run(
     method: str,
     seed: int,
 ) -> bool:
-    """Writes `model/`, `per_query.parquet` (what each test photo found before and after) and `metrics.json` (means and
-    intervals before and after, seconds, peak memory); checkpoints go when it is whole."""
+    """Writes `per_query.parquet` (what each test photo found before and after), then all of `save_results`."""
+    if not this_process().is_main_process:
+        return False
+    found = {"before": before.per_query, "after": after.per_query}
+    write_per_query(out, found, list(test["item_id"]), list(test["label"]))
+    return save_results(out, student, before, after, started, method=method, seed=seed)
+
+
+def save_results(
+    out: Path, student: SentenceTransformer, before: Any, after: Any, started: float, *, method: str, seed: int
+) -> bool:
+    """Writes `model/` and `metrics.json` (means and intervals before and after, seconds, peak memory); checkpoints go
+    when it is whole. `before` and `after` have `metrics` and `intervals`."""
     if not this_process().is_main_process:
         return False
     student.save_pretrained(str(out / "model"), create_model_card=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    unit = 1024**3 if sys.platform == "darwin" else 1024**2
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     measured = {"before": before, "after": after}
-    found = {when: one.per_query for when, one in measured.items()}
-    write_per_query(out, found, list(test["item_id"]), list(test["label"]))
     metrics = {
         "method": method,
         "seed": seed,

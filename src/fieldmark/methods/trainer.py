@@ -139,8 +139,12 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
             (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint)
+        self.load_student(Path(resume_from_checkpoint))
         restore_loss_state(self.own_loss, Path(resume_from_checkpoint) / LOSS_STATE)
+
+    def load_student(self, folder: Path) -> None:
+        """Puts a checkpoint's weights into the student."""
+        super()._load_from_checkpoint(str(folder))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -173,7 +177,7 @@ def gradient_norms(model: SentenceTransformer, loss: nn.Module) -> dict[str, flo
     left out."""
     squares: dict[str, float] = {}
     named = [(_part(name), p) for name, p in model.named_parameters()]
-    named += [("proxies", p) for name, p in loss.named_parameters() if not name.startswith("model.")]
+    named += [(_own_part(name), p) for name, p in loss.named_parameters() if not name.startswith("model.")]
     for part, parameter in named:
         if parameter.grad is not None:
             squares[part] = squares.get(part, 0.0) + float(parameter.grad.detach().float().pow(2).sum())
@@ -181,16 +185,24 @@ def gradient_norms(model: SentenceTransformer, loss: nn.Module) -> dict[str, flo
 
 
 def _part(name: str) -> str:
+    if "lora_" in name:
+        return "adapters"
+    if "language_model" in name:
+        return "language model"
     if name.startswith("1."):
         return "pooler"
     return "merger" if re.search(r"merger|projector", name) else "tower"
+
+
+def _own_part(name: str) -> str:
+    return "temperatures" if "temperatures" in name else "proxies"
 
 
 def what_is_trained(loss: Any) -> str:
     """One line a run starts with: parameters per part, trained and frozen."""
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
     named = [(_part(name), p) for name, p in loss.model.named_parameters()]
-    named += [("proxies", p) for name, p in loss.named_parameters() if not name.startswith("model.")]
+    named += [(_own_part(name), p) for name, p in loss.named_parameters() if not name.startswith("model.")]
     for part, parameter in named:
         chosen = counts[parameter.requires_grad]
         chosen[part] = chosen.get(part, 0) + parameter.numel()

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import nn
 
 from fieldmark.data.photos import PhotoRef
 from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.model import Teacher
 
 ROWS_A_PART = 4096
+SECONDS_A_PART = 60.0  # what a kill can cost, where answers take long
 _MADE_BY = b"fieldmark"
 
 
@@ -42,6 +45,7 @@ class AnswerCache:
         self.schema = pa.schema(fields, metadata={_MADE_BY: json.dumps(self.made_by, sort_keys=True).encode()})
         self.rows: dict[str, dict[str, Any]] = {}
         self._new: list[dict[str, Any]] = []
+        self._written = time.monotonic()
         for file in (path, *sorted(self.parts.glob("*.parquet"))):
             if file.exists():
                 self.rows |= {row["key"]: row for row in self._read(file)}
@@ -53,11 +57,12 @@ class AnswerCache:
         return self.rows[key]
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Keeps answers; every few thousand of them are written."""
+        """Keeps answers; every minute, or every few thousand of them, they are written."""
         for row in rows:
             self.rows[row["key"]] = row
             self._new.append(row)
-        if len(self._new) >= ROWS_A_PART:
+        late = time.monotonic() - self._written > SECONDS_A_PART
+        if len(self._new) >= ROWS_A_PART or (late and self._new):
             self._write_part()
 
     def __enter__(self) -> Self:
@@ -77,7 +82,7 @@ class AnswerCache:
         self.parts.mkdir(parents=True, exist_ok=True)
         number = len(list(self.parts.glob("*.parquet")))
         self._write(self.parts / f"{number:06d}.parquet", self._new)
-        self._new = []
+        self._new, self._written = [], time.monotonic()
 
     def _write(self, file: Path, rows: list[dict[str, Any]]) -> None:
         unfinished = file.with_name(f"{file.name}.unfinished")
@@ -85,12 +90,7 @@ class AnswerCache:
         unfinished.replace(file)
 
     def _read(self, file: Path) -> list[dict[str, Any]]:
-        try:
-            table = pq.read_table(file)
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise FieldmarkError(f"cannot read the answers in {file}: {reason}; delete the file to ask anew") from error
-        stored = json.loads((table.schema.metadata or {}).get(_MADE_BY, b"{}"))
+        table, stored = _read_table(file)
         differ = sorted(name for name in {**stored, **self.made_by} if stored.get(name) != self.made_by.get(name))
         if differ or table.schema.names != self.schema.names:
             what = "; ".join(f"{name} was {stored.get(name)!r}, is {self.made_by.get(name)!r}" for name in differ)
@@ -99,6 +99,38 @@ class AnswerCache:
                 "it to ask anew"
             )
         return table.to_pylist()
+
+
+def read_answers(path: Path, kind: str) -> list[dict[str, Any]]:
+    """All rows of a finished file, whichever teacher gave them.
+
+    Args:
+        path: the Parquet file.
+        kind: what its metadata calls `answers`.
+
+    Raises:
+        FieldmarkError: no such file, an unfinished or unreadable one, or one of another kind.
+    """
+    if path.with_name(f"{path.name}.parts").exists():
+        raise FieldmarkError(f"the answers in {path} are unfinished; run the command that writes them again")
+    table, made_by = _read_table(path)
+    if made_by.get("answers") != kind:
+        found = made_by.get("answers", "no answers of a teacher")
+        raise FieldmarkError(f"{path} holds {found}, expected {kind}; give a file of `fieldmark label {kind}`")
+    return table.to_pylist()
+
+
+def _read_table(file: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows, and what made them ({} where another program wrote the file)."""
+    try:
+        with pq.ParquetFile(file) as opened:
+            table = opened.read()
+    except FileNotFoundError as error:
+        raise FieldmarkError(f"{file} does not exist; give a file of `fieldmark label`") from error
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise FieldmarkError(f"cannot read the answers in {file}: {reason}; delete the file to ask anew") from error
+    return table, json.loads((table.schema.metadata or {}).get(_MADE_BY, b"{}"))
 
 
 def answer_key(*parts: str) -> str:
@@ -126,8 +158,21 @@ def photo_hash(ref: PhotoRef) -> str:
 
 def teacher_fingerprint(teacher: Teacher) -> str:
     """What a teacher is told by: its configuration and samples of each of its tensors, whatever their precision."""
-    digest = hashlib.sha256(teacher.model.config.to_json_string(use_diff=True).encode())
-    for name, value in sorted(teacher.model.state_dict().items()):
+    return weights_fingerprint(teacher.model, json.dumps(_lasting(teacher.model.config.to_diff_dict()), sort_keys=True))
+
+
+def _lasting(settings: Any) -> Any:
+    """A configuration without the precision it was loaded in and the library's version."""
+    if not isinstance(settings, dict):
+        return settings if isinstance(settings, (str, int, float, bool, list, type(None))) else str(settings)
+    passing = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+    return {str(name): _lasting(value) for name, value in settings.items() if name not in passing}
+
+
+def weights_fingerprint(model: nn.Module, settings: str = "") -> str:
+    """A short name of a model: its settings and samples of each of its tensors."""
+    digest = hashlib.sha256(settings.encode())
+    for name, value in sorted(model.state_dict().items()):
         flat = value.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
         digest.update(name.encode() + str(tuple(value.shape)).encode() + sample.tobytes())

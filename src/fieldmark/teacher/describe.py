@@ -19,7 +19,7 @@ import torch
 
 from fieldmark.data.photos import PhotoRef, open_photo
 from fieldmark.errors import FieldmarkError
-from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, teacher_fingerprint
+from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, read_answers, teacher_fingerprint
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.prefix import rollout
 
@@ -86,6 +86,22 @@ def caption_cache(path: Path, teacher: Teacher, *, temperature: float, max_new_t
         "seed": seed,
     }
     return AnswerCache(path, SCHEMA, made_by)
+
+
+def read_captions(path: Path) -> dict[str, list[str]]:
+    """Captions that `fieldmark label captions` wrote, by `photo_hash`, in the file's order, each once.
+
+    Photos of which no answer could be used are not in it.
+
+    Raises:
+        FieldmarkError: the file cannot be read, is unfinished, or holds something else.
+    """
+    of: dict[str, dict[str, None]] = {}
+    for row in read_answers(path, "captions"):
+        if row["caption_1"] is not None:
+            of.setdefault(row["photo_1"], {})[row["caption_1"]] = None
+            of.setdefault(row["photo_2"], {})[row["caption_2"]] = None
+    return {photo: list(texts) for photo, texts in of.items()}
 
 
 def label_captions(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from fieldmark.data.photos import PhotoRef, open_photo
@@ -39,6 +40,39 @@ def alignment_cache(path: Path, teacher: Teacher, resolution: int | None = None)
                 "0 to 1, delete the file to ask anew"
             )
     return cache
+
+
+def candidate_texts(texts: Sequence[Sequence[str]], negatives: np.ndarray) -> list[list[str]]:
+    """Texts that can stand beside each photo in a candidate set, its own first, each once.
+
+    Args:
+        texts: own texts of each of N items.
+        negatives: [N, K] hard negatives; a text meets the photos of its item's negatives, and of those whose negative
+            its item is.
+    """
+    asked: list[dict[str, None]] = [dict.fromkeys(own) for own in texts]
+    for item, others in enumerate(negatives.tolist()):
+        for other in others:
+            asked[item] |= dict.fromkeys(texts[other])
+            asked[other] |= dict.fromkeys(texts[item])
+    return [list(own) for own in asked]
+
+
+def tower_features(
+    teacher: Teacher,
+    photos: Sequence[PhotoRef],
+    *,
+    resolution: int | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """[N, D] float32 means of the visual tokens that the teacher's own tower gives of each photo."""
+    rows = []
+    for start in range(0, len(photos), batch_size):
+        chunk = [open_photo(ref) for ref in photos[start : start + batch_size]]
+        rows.append(teacher.visual_tokens(chunk, resolution).tokens.float().mean(1).cpu().numpy())
+        progress(start + len(chunk))
+    return np.concatenate(rows)
 
 
 def label_alignment(
@@ -85,7 +119,11 @@ def label_alignment(
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         visual = teacher.visual_tokens([open_photo(photos[photo]) for photo in chunk], resolution)
-        aligner = aligner or Aligner(teacher, visual.tokens.shape[1])
+        if aligner is None:
+            aligner = Aligner(teacher, visual.tokens.shape[1])
+            # A text that cannot be asked about is refused before hours of work, not after them.
+            for text in dict.fromkeys(texts[photo][place] for photo in order for place in asked[photo]):
+                aligner.tail(text)
         width = max(len(asked[photo]) for photo in chunk)
         wanted = [[texts[photo][place] for place in asked[photo]] for photo in chunk]
         scores = aligner.scores(visual, [row + row[:1] * (width - len(row)) for row in wanted]).tolist()

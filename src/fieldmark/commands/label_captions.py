@@ -1,0 +1,84 @@
+"""`fieldmark label captions`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from fieldmark.commands.arguments import parse, positive
+from fieldmark.commands.console import quiet_libraries
+from fieldmark.commands.labelling import LabelOptions, check_out, find_negatives, load_teacher, read_items, say
+from fieldmark.errors import FieldmarkError
+
+
+@dataclass(kw_only=True)
+class CaptionOptions(LabelOptions):
+    """Arguments of `label captions`.
+
+    Attributes:
+        generations: answers to each pair of photos.
+        temperature: of sampling; 0 takes the most likely answer.
+        max_new_tokens: an answer ends there at the latest.
+        seed: of sampling.
+        batch_size: pairs asked about at once.
+    """
+
+    generations: int = 3
+    temperature: float = 0.7
+    max_new_tokens: int = 256
+    seed: int = 0
+    batch_size: int = 4
+
+
+CaptionOptions.__doc__ = f"{LabelOptions.__doc__}\n{CaptionOptions.__doc__}"
+
+
+def run(argv: list[str]) -> None:
+    """Captions of all pairs among each photo and its look-alikes."""
+    options = parse(
+        CaptionOptions,
+        argv,
+        prog="fieldmark label captions",
+        description="Writes a teacher's captions of look-alike photos, which stress what tells them apart.",
+    )
+    for name in ("batch_size", "negatives", "generations", "max_new_tokens"):
+        positive(name, getattr(options, name))
+    if not 0 <= options.temperature < float("inf"):
+        raise FieldmarkError(f"--temperature was given {options.temperature}; expected 0 or more.")
+    if options.seed < 0:
+        raise FieldmarkError(f"--seed was given {options.seed}; expected 0 or more.")
+    out = check_out(options.out)
+    quiet_libraries()
+    from fieldmark.progress import JobProgress
+    from fieldmark.teacher.describe import candidate_pairs, caption_cache, label_captions
+
+    items = read_items(options, out)
+    teacher = load_teacher(options)
+    with caption_cache(
+        out, teacher, temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=options.seed
+    ) as cache:
+        negatives = find_negatives(options, teacher, items, out, batch_size=16, resolution=None)
+        pairs = [pair for anchor, others in enumerate(negatives.tolist()) for pair in candidate_pairs(anchor, others)]
+        pairs = list(dict.fromkeys(pairs))
+        before, started = len(cache.rows), time.monotonic()
+        with JobProgress("comparative captions", len(pairs)) as job:
+            captions = label_captions(
+                teacher,
+                items.photos,
+                pairs,
+                cache,
+                generations=options.generations,
+                batch_size=options.batch_size,
+                progress=job.update,
+            )
+    asked, seconds = len(cache.rows) - before, time.monotonic() - started
+    now = (
+        f"{asked} of them asked now, {asked / seconds:.1f} answers/s"
+        if asked
+        else "all known before, nothing was asked"
+    )
+    say(f"{len(items.photos)} photos, {len(pairs)} pairs, {captions.answers} answers, {now}: {out}")
+    if captions.failed:
+        say(f"{captions.failed} answers were no JSON of two captions; they stand in the file without captions")
+    without = sum(not own for own in captions.of)
+    say(f"{sum(map(len, captions.of))} captions; {without} photos have none")
