@@ -12,6 +12,9 @@ such a machine `--threads 1` and the ratios of CPU seconds are the ones to trust
 - batched: the same, 16 pairs at once.
 - batched, prepared: the same without the processor, whose work is done before the clock starts.
 
+Sharing saves what the pairs of a photo have in common: with K texts of T tokens behind P shared ones, K (P + T) tokens
+become P + K T. So the gain grows with the tokens of a photo (`--resolution`) and falls with the length of the texts.
+
 A teacher without tokens for Yes and No gets them in memory. The 0.3 B model is random, with a very small tower: a real
 tower, which the other ways run once a pair, would favour sharing.
 """
@@ -87,14 +90,14 @@ def random_teacher(size: str, processor: Any, image_token_id: int, video_token_i
     return Teacher(Qwen3VLForConditionalGeneration(config), processor)
 
 
-def birds(photos: int) -> tuple[list[Image.Image], list[list[str]]]:
+def birds(photos: int, resolution: int) -> tuple[list[Image.Image], list[list[str]]]:
     """Square photos, and for each its own title and those of the next species."""
     rows = select_split(load_catalog("aviary"), "test")
     of = {label: (image, title) for image, title, label in zip(rows["image"], rows["title"], rows["label"]) if title}
     chosen = list(of.values())[: max(photos, TEXTS)]
     titles = [title for _, title in chosen]
     texts = [[titles[(i + k) % len(titles)] for k in range(TEXTS)] for i in range(photos)]
-    return [load_square(image, DEFAULT_RESOLUTION) for image, _ in chosen[:photos]], texts
+    return [load_square(image, resolution) for image, _ in chosen[:photos]], texts
 
 
 def public_inputs(teacher: Teacher, images: list[Image.Image], texts: list[str]) -> dict[str, torch.Tensor]:
@@ -107,7 +110,7 @@ def public_inputs(teacher: Teacher, images: list[Image.Image], texts: list[str])
         )
         for text in texts
     ]
-    side = DEFAULT_RESOLUTION**2
+    side = images[0].width * images[0].height
     return teacher.processor(
         images=images,
         text=chats,
@@ -126,16 +129,16 @@ def public_scores(teacher: Teacher, inputs: dict[str, torch.Tensor], answers: tu
     return torch.sigmoid(logits[:, answers[0]] - logits[:, answers[1]])
 
 
-def measure(teacher: Teacher, photos: int, repeats: int) -> dict[str, Any]:
+def measure(teacher: Teacher, photos: int, repeats: int, resolution: int) -> dict[str, Any]:
     """Pairs per second of each way, how many times the shared way is faster, and the largest difference of scores."""
-    images, texts = birds(photos)
+    images, texts = birds(photos, resolution)
     pairs = [(image, text) for image, row in zip(images, texts, strict=True) for text in row]
-    answers = Aligner(teacher, teacher.visual_tokens(images[:1]).tokens.shape[1]).answer_ids
+    answers = Aligner(teacher, teacher.visual_tokens(images[:1], resolution).tokens.shape[1]).answer_ids
     chunks = [pairs[start : start + PAIRS_AT_ONCE] for start in range(0, len(pairs), PAIRS_AT_ONCE)]
     prepared = [public_inputs(teacher, [i for i, _ in chunk], [t for _, t in chunk]) for chunk in chunks]
 
     def shared() -> torch.Tensor:
-        visual = teacher.visual_tokens(images)
+        visual = teacher.visual_tokens(images, resolution)
         return Aligner(teacher, visual.tokens.shape[1]).scores(visual, texts).flatten()
 
     def single() -> torch.Tensor:
@@ -168,6 +171,7 @@ def measure(teacher: Teacher, photos: int, repeats: int) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in teacher.model.parameters()),
         "photos": photos,
+        "resolution": resolution,
         "texts_a_photo": TEXTS,
         "tokens_a_pair": prepared[0]["input_ids"].shape[1],
         "pairs_per_second": {name: len(pairs) / statistics.median(found) for name, found in wall.items()},
@@ -207,6 +211,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="a Qwen-VL teacher; the embedded one if left out")
     parser.add_argument("--model", choices=["teacher", *SIZES], default="teacher", help="the teacher, or a random one")
     parser.add_argument("--photos", type=int, default=16)
+    parser.add_argument("--resolution", type=int, default=DEFAULT_RESOLUTION, help="side of a photo in pixels")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -220,7 +225,7 @@ def main() -> None:
         config = teacher.model.config
         teacher = random_teacher(options.model, teacher.processor, config.image_token_id, config.video_token_id)
         name = f"random {options.model}"
-    result = measure(with_answers(teacher), options.photos, options.repeats)
+    result = measure(with_answers(teacher), options.photos, options.repeats, options.resolution)
     if options.json:
         print(json.dumps({"model": name, "threads": options.threads, **result}, indent=2))
     else:

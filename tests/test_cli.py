@@ -106,7 +106,7 @@ USAGE = [
     ([], "No command was given; choose one of quickstart, inspect, train"),
     (["trian"], "did you mean train?"),
     (["--max_steps", "3"], "Unknown command '--max_steps'"),
-    (["train"], "No method was given; choose one of metric, saga"),
+    (["train"], "No method was given; choose one of metric, maple, saga"),
     (["train", "sage"], "did you mean saga?"),
     (["train", "metric"], "--data, --out are missing"),
     (["train", "metric", "--data", "d"], "--out is missing"),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fieldmark.data.batches import ClassBalancedBatchSampler, class_balanced_batch, class_centroids, sample_pairs
+from fieldmark.data.batches import class_balanced_batch, class_centroids, sample_pairs
 from fieldmark.errors import FieldmarkError
+from fieldmark.methods.trainer import ClassBalancedSteps
 
 KEY: dict[str, Any] = {"seed": 3, "epoch": 1}
 
@@ -76,28 +77,32 @@ def test_small_classes_repeat_items_as_evenly_as_possible():
 
 def test_batch_is_a_function_of_seed_epoch_and_step():
     labels = labels_of([6] * 9)
-    sampler = ClassBalancedBatchSampler(labels, 4, 3, seed=3, steps_per_epoch=12)
-    sampler.set_epoch(1)
-    listed = list(sampler)
-    assert len(sampler) == len(listed) == 12
-    assert listed == batches(labels, 4, 3, 12)
-    assert class_balanced_batch(labels, 4, 3, step=7, **KEY) == listed[7] == sampler.batch(7)
+    listed = batches(labels, 4, 3, 12)
+    assert class_balanced_batch(labels, 4, 3, step=7, **KEY) == listed[7]
     assert class_balanced_batch(torch.tensor([int(one[6:]) for one in labels]), 4, 3, step=7, **KEY) == listed[7]
-    sampler.set_epoch(2)
-    assert list(sampler) != listed
+    assert batches(labels, 4, 3, 12, epoch=2) != listed
     assert batches(labels, 4, 3, 12, seed=4) != listed
-    assert len(ClassBalancedBatchSampler(labels, 4, 3)) == 4
-    assert len(ClassBalancedBatchSampler(labels, 9, 9)) == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_in_a_row_are_the_batch_of_one_process(world_size):
     labels = labels_of([7] * 11)
-    whole = ClassBalancedBatchSampler(labels, 4, 3)
-    ranks = [ClassBalancedBatchSampler(labels, 4, 3, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for together, *parts in zip(whole, *ranks):
+    whole = batches(labels, 4, 3, 6)
+    ranks = [batches(labels, 4, 3, 6, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for together, *parts in zip(whole, *ranks, strict=True):
         assert together == [index for part in parts for index in part]
         assert len({len(part) for part in parts}) == 1
+
+
+def test_a_run_visits_epoch_after_epoch_rank_by_rank():
+    labels = [number % 9 for number in range(54)]
+    steps = ClassBalancedSteps(labels, 4, 3, seed=3, steps=6, world_size=2)
+    assert len(steps) == 12
+    slices = list(steps)
+    for step in range(6):  # 4 steps an epoch
+        whole = class_balanced_batch(labels, 4, 3, seed=3, epoch=step // 4, step=step % 4)
+        assert slices[2 * step] + slices[2 * step + 1] == whole == steps.global_batch(step)
+        assert steps.global_batch(step, stream=1) != whole
 
 
 @pytest.mark.parametrize(

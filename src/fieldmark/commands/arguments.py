@@ -72,16 +72,21 @@ def parse(
 
 def _bracketed(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
     """The arguments with `--ks 1,10` written as `--ks [1,10]`, which is how jsonargparse takes a list."""
-    lists = {f"--{name}" for name, hint in hints.items() if typing.get_origin(hint) is list}
+    lists = {f"--{name}" for name, hint in hints.items() if _is_list(hint)}
     written: list[str] = []
     for word in argv:
         flag, equals, value = word.partition("=")
         if equals and flag in lists and not value.startswith("["):
             word = f"{flag}=[{value}]"
-        elif written and written[-1] in lists and not word.startswith(("[", "-")):
+        elif written and written[-1] in lists and not word.startswith(("[", "-")) and word != "null":
             word = f"[{word}]"
         written.append(word)
     return written
+
+
+def _is_list(hint: Any) -> bool:
+    """A list, or a list or null."""
+    return typing.get_origin(hint) is list or any(typing.get_origin(part) is list for part in typing.get_args(hint))
 
 
 def positive(name: str, value: int) -> None:

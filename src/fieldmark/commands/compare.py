@@ -23,8 +23,8 @@ class CompareOptions:
     Attributes:
         runs: run folders; those that differ in their seed alone count as one.
         json: print one JSON object.
-        html: also write one HTML page about these runs to this file; it reads the test photos and embeds them with the
-            first and the last student.
+        html: also write one HTML page about these runs to this file; of runs on photos alone it reads the test photos
+            and embeds them with the first and the last student.
     """
 
     runs: list[str]
@@ -70,10 +70,23 @@ def _write_page(groups: Sequence[Group], path: Path) -> None:
     """The page, before the tables are printed: a photo that is missing is said before anything else."""
     if path.is_dir():
         raise FieldmarkError(f"--html {path} is a directory; give the name of a file, such as {path / 'compare.html'}.")
-    quiet_libraries()
-    from fieldmark.methods.comparing import write_comparison
+    from fieldmark.evaluation.runs import COMPARED
 
-    write_comparison(groups, path)
+    kinds = {group.compared == COMPARED for group in groups}
+    if len(kinds) > 1:
+        raise FieldmarkError(
+            "Some of these runs were measured on photos alone and some on photos and texts, and a page compares runs of "
+            "one kind; give runs of one kind, or leave --html out."
+        )
+    quiet_libraries()
+    if kinds == {True}:
+        from fieldmark.methods.comparing import write_comparison
+
+        write_comparison(groups, path)
+    else:
+        from fieldmark.methods.image_text_comparing import write_image_text_comparison
+
+        write_image_text_comparison(groups, path)
 
 
 def _name(group: Group, groups: Sequence[Group]) -> list[str]:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import number, quiet_libraries
-from fieldmark.commands.labelling import LabelOptions, check_out, find_negatives, load_teacher, read_items, say
+from fieldmark.commands.labelling import (
+    LabelOptions,
+    check_negatives,
+    check_out,
+    find_negatives,
+    load_teacher,
+    read_items,
+    say,
+)
 from fieldmark.errors import FieldmarkError
 
 
@@ -41,7 +49,7 @@ def run(argv: list[str]) -> None:
     out = check_out(options.out)
     quiet_libraries()
     from fieldmark.progress import JobProgress
-    from fieldmark.teacher.labels import alignment_cache, candidate_texts, label_alignment
+    from fieldmark.teacher.labels import alignment_cache, candidate_texts, check_texts, label_alignment
 
     items = read_items(options, out)
     missing = sum(not own for own in items.titles)
@@ -50,9 +58,14 @@ def run(argv: list[str]) -> None:
             f"{missing} of {len(items.photos)} photos of {options.data} have no title; alignment needs a text for "
             "every photo, add a title column (--title_column)."
         )
+    check_negatives(items, options.negatives)
     teacher = load_teacher(options)
     size = options.resolution
     with alignment_cache(out, teacher, size) as cache:
+        known = {row["text"] for row in cache.rows.values()}
+        new = [title for own in items.titles for title in own if title not in known]
+        if new:
+            check_texts(teacher, items.photos[0], new, resolution=size)
         negatives = find_negatives(options, teacher, items, out, batch_size=options.batch_size, resolution=size)
         texts = candidate_texts(items.titles, negatives)
         before, started = len(cache.rows), time.monotonic()

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import quiet_libraries
-from fieldmark.commands.labelling import LabelOptions, check_out, find_negatives, load_teacher, read_items, say
+from fieldmark.commands.labelling import (
+    LabelOptions,
+    check_negatives,
+    check_out,
+    find_negatives,
+    load_teacher,
+    read_items,
+    say,
+)
 from fieldmark.errors import FieldmarkError
 
 
@@ -43,7 +51,7 @@ def run(argv: list[str]) -> None:
     )
     for name in ("batch_size", "negatives", "generations", "max_new_tokens"):
         positive(name, getattr(options, name))
-    if not 0 <= options.temperature < float("inf"):
+    if options.temperature < 0:
         raise FieldmarkError(f"--temperature was given {options.temperature}; expected 0 or more.")
     if options.seed < 0:
         raise FieldmarkError(f"--seed was given {options.seed}; expected 0 or more.")
@@ -53,6 +61,7 @@ def run(argv: list[str]) -> None:
     from fieldmark.teacher.describe import candidate_pairs, caption_cache, label_captions
 
     items = read_items(options, out)
+    check_negatives(items, options.negatives)
     teacher = load_teacher(options)
     with caption_cache(
         out, teacher, temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=options.seed

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fieldmark.commands.arguments import positive
 from fieldmark.commands.console import console
 from fieldmark.data.options import CatalogOptions, read_catalog
 from fieldmark.errors import FieldmarkError
@@ -103,11 +103,7 @@ def load_teacher(options: LabelOptions) -> Teacher:
 def find_negatives(
     options: LabelOptions, teacher: Teacher, items: LabelItems, out: Path, *, batch_size: int, resolution: int | None
 ) -> np.ndarray:
-    """[N, K] look-alikes of each photo; found once and kept beside the answers.
-
-    Raises:
-        FieldmarkError: photos with fewer than K others of another label and title.
-    """
+    """[N, K] look-alikes of each photo; found once and kept beside the answers. `check_negatives` comes first."""
     import numpy as np
     import pyarrow as pa
 
@@ -118,7 +114,6 @@ def find_negatives(
     from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, teacher_fingerprint, weights_fingerprint
     from fieldmark.teacher.labels import tower_features
 
-    positive("negatives", options.negatives)
     titles = [folded(own[0]) if own else None for own in items.titles]
     # The key holds all that the look-alikes depend on, so that a second run embeds no photo.
     known = [photo_hash(photo) for photo in items.photos]
@@ -137,14 +132,31 @@ def find_negatives(
                     )
             found = hard_negatives(features, options.negatives, labels=items.labels, titles=titles)
             cache.add([{"key": key, "negatives": found.flatten().tolist()}])
-    negatives = np.array(cache[key]["negatives"], dtype=np.int64).reshape(-1, options.negatives)
-    short = int((negatives < 0).any(axis=1).sum())
+    return np.array(cache[key]["negatives"], dtype=np.int64).reshape(-1, options.negatives)
+
+
+def check_negatives(items: LabelItems, count: int) -> None:
+    """Refuses photos that have too few others to compare with, before any is looked at.
+
+    Raises:
+        FieldmarkError: photos with fewer than `count` others of another label and title.
+    """
+    from fieldmark.data.mining import folded
+
+    pairs = [(label, folded(own[0]) if own else None) for label, own in zip(items.labels, items.titles, strict=True)]
+    labels, titles, both = Counter(label for label, _ in pairs), Counter(title for _, title in pairs), Counter(pairs)
+    short = 0
+    for label, title in pairs:
+        # An unknown label or title is nobody else's; those who share both were counted twice.
+        same_label = 1 if label is None else labels[label]
+        same_title = 1 if title is None else titles[title]
+        same_both = 1 if None in (label, title) else both[label, title]
+        short += len(pairs) - (same_label + same_title - same_both) < count
     if short:
         raise FieldmarkError(
-            f"{short} of {len(negatives)} photos have fewer than {options.negatives} others of another label and "
-            "title to compare with; lower --negatives, or add photos."
+            f"{short} of {len(pairs)} photos have fewer than {count} others of another label and title to compare "
+            "with; lower --negatives, or add photos."
         )
-    return negatives
 
 
 def say(text: str) -> None:

@@ -6,12 +6,11 @@ other, are the batch of a single process.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 from fieldmark.errors import FieldmarkError
 
@@ -52,48 +51,6 @@ def class_balanced_batch(
     _check_batch(groups, classes_per_batch, items_per_class, rank, world_size)
     batch = _batch(groups, classes_per_batch, items_per_class, (seed, epoch, step))
     return _part_of_rank(batch, rank, world_size)
-
-
-class ClassBalancedBatchSampler(Sampler[list[int]]):
-    """The batches of `class_balanced_batch`, step after step, for a `DataLoader`.
-
-    An epoch has `steps_per_epoch` batches, by default as many as the items fill (one at least). `set_epoch` gives the
-    next epoch other batches; starting in the middle needs no state, as `batch(step)` is a function of the step.
-    """
-
-    def __init__(
-        self,
-        labels: Labels,
-        classes_per_batch: int,
-        items_per_class: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        steps_per_epoch: int | None = None,
-    ) -> None:
-        self._groups = _groups(labels)
-        _check_batch(self._groups, classes_per_batch, items_per_class, rank, world_size)
-        self.classes_per_batch, self.items_per_class = classes_per_batch, items_per_class
-        self.seed, self.epoch, self.rank, self.world_size = seed, 0, rank, world_size
-        self.steps_per_epoch = steps_per_epoch or max(1, len(labels) // (classes_per_batch * items_per_class))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration gives."""
-        self.epoch = epoch
-
-    def batch(self, step: int) -> list[int]:
-        """This rank's indices of one step of the present epoch."""
-        key = (self.seed, self.epoch, step)
-        return _part_of_rank(
-            _batch(self._groups, self.classes_per_batch, self.items_per_class, key), self.rank, self.world_size
-        )
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.batch(step) for step in range(self.steps_per_epoch))
 
 
 def sample_pairs(

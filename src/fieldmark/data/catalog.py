@@ -83,8 +83,11 @@ def select_split(catalog: Dataset, split: str) -> Dataset:
     splits = catalog["split"][:]
     chosen = [index for index, value in enumerate(splits) if value == split]
     if not chosen:
-        counts = ", ".join(f"{value}: {count} rows" for value, count in Counter(map(str, splits)).items())
-        raise FieldmarkError(f"the catalogue has no row of split {split!r} ({counts}); expected a split that it has")
+        counts = ", ".join(f"{value or 'without split'}: {count} rows" for value, count in Counter(splits).items())
+        raise FieldmarkError(
+            f"the catalogue has no row of split {split!r} ({counts}); expected a split that it has, or photos of "
+            "several classes, of which the first half is train and the second test"
+        )
     return catalog.select(chosen)
 
 

@@ -36,6 +36,15 @@ def group_scores(similarity: Any) -> dict[str, float]:
     }
 
 
+def group_hits(similarity: Any) -> dict[str, np.ndarray]:
+    """``[G]`` bool of `text_score`, `image_score` and `group_score`: the groups that each counts as right.
+
+    Arguments and errors are those of :func:`group_scores`.
+    """
+    text, image = _right(similarity)
+    return {"text_score": text, "image_score": image, "group_score": text & image}
+
+
 def group_scores_by_category(similarity: Any, categories: Sequence[str | None]) -> dict[str, dict[str, float]]:
     """:func:`group_scores` of the groups of each category, by name; groups without a category are in none.
 

@@ -18,7 +18,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fieldmark.errors import FieldmarkError
+from fieldmark.evaluation.group_results import GroupResults
+from fieldmark.evaluation.modality_gap import ModalityGap
 from fieldmark.evaluation.report_charts import HEIGHT, WIDTH, draw_chart
+from fieldmark.evaluation.report_image_text import (
+    CandidateExample,
+    agreement_view,
+    candidates_view,
+    categories_view,
+    gap_view,
+)
 from fieldmark.evaluation.report_images import RAMP
 from fieldmark.evaluation.report_sections import Size, confusions_view, galleries_view, pairs_view
 from fieldmark.evaluation.report_table import bars_view, facts_view, table_view
@@ -44,6 +53,10 @@ def write_report(
     table: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     curves: Mapping[str, Any] | None = None,
+    categories: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
+    groups: GroupResults | None = None,
+    gaps: Mapping[str, ModalityGap] | None = None,
+    candidates: Sequence[CandidateExample] = (),
     galleries: Sequence[Mapping[str, Any]] = (),
     confusions: Sequence[Mapping[str, Any]] = (),
     differing: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
@@ -63,6 +76,10 @@ def write_report(
             `x_std` is shown as the spread of `x`.
         notes: sentences below the table, such as those of paired tests.
         curves: per chart a list of (step, value), or a mapping from series names to such lists.
+        categories: model -> category of groups -> its `group_scores`, the last model's best ones come first.
+        groups: what each test group scored with the teacher and the student, for plots of one against the other.
+        gaps: `before` and `after` training: the student's modality gap.
+        candidates: candidate sets of the training data, in the orders of teacher and student.
         galleries: per query `query` (photo), `query_label`, `results` (list of (photo, label, score, correct), or a
             mapping from models to such lists), and optionally `group` (a heading) and `note`.
         confusions: per pair of classes `classes` (two names), `count` of `queries`, `differing` (list of (attribute,
@@ -103,6 +120,9 @@ def write_report(
         "notes": list(notes),
         "charts": _charts(curves or {}),
         "chart_size": (WIDTH, HEIGHT),
+        "categories": categories_view(categories or {}),
+        "agreement": agreement_view(groups),
+        "gap": gap_view(gaps or {}, groups),
         "differing": bars_view(differing or {}),
         "health": facts_view(health or {}),
         "settings": facts_view(settings or {}),
@@ -110,6 +130,7 @@ def write_report(
     }
     for size in _SIZES:
         pictures = {
+            "candidates": candidates_view(candidates, size),
             "galleries": galleries_view(galleries, size),
             "confusions": confusions_view(confusions, size),
             "pairs": pairs_view(pairs, size),
@@ -120,7 +141,7 @@ def write_report(
     else:
         raise FieldmarkError(
             f"the report would take {len(page) / 1e6:.1f} MB with {len(galleries)} galleries, {len(confusions)} "
-            f"confused classes and {len(pairs)} pairs; it must stay within 5 MB: show fewer"
+            f"confused classes, {len(candidates)} candidate sets and {len(pairs)} pairs; it must stay within 5 MB: show fewer"
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,8 +56,8 @@ def draw_chart(name: str, series: Mapping[str, Points]) -> Chart | None:
     if not cleaned:
         return None
     everything = np.concatenate(list(cleaned.values()))
-    ticks_x = _ticks(everything[:, 0].min(), everything[:, 0].max(), 4, whole=True)
-    ticks_y = _ticks(everything[:, 1].min(), everything[:, 1].max(), 4)
+    ticks_x = round_ticks(everything[:, 0].min(), everything[:, 0].max(), 4, whole=True)
+    ticks_y = round_ticks(everything[:, 1].min(), everything[:, 1].max(), 4)
     low_x, high_x = everything[:, 0].min(), max(everything[:, 0].max(), everything[:, 0].min() + 1e-9)
     low_y, high_y = min(ticks_y[0], everything[:, 1].min()), max(ticks_y[-1], everything[:, 1].max())
 
@@ -130,7 +130,7 @@ def _path(places: np.ndarray) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
 
 
-def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+def round_ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
     """Round numbers that enclose [low, high], about `count` of them."""
     if high <= low:
         margin = abs(low) * 0.1 or 1.0

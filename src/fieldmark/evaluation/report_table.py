@@ -8,7 +8,7 @@ from typing import Any
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.report_charts import number_text
 
-_COUNTS = ("n_queries", "n_gallery", "n_skipped")
+_COUNTS = ("n_queries", "n_gallery", "n_skipped", "n_images", "n_texts", "n_groups")
 _METRIC_NAMES = {
     "map@r": "MAP@R",
     "r_precision": "R-precision",
@@ -16,14 +16,22 @@ _METRIC_NAMES = {
     "nmi": "NMI",
     "ari": "ARI",
     "purity": "Purity",
+    "text_score": "Text score",
+    "image_score": "Image score",
+    "group_score": "Group score",
 }
+_DIRECTIONS = {"i2t_": "Photo to text", "t2i_": "Text to photo"}
+_LOWER_IS_BETTER = {"gap_ratio": "Modality gap"}
 
 
 def metric_name(key: str) -> str:
     """How a metric is headed: `recall@1` is R@1, `map@r` is MAP@R."""
     if key.startswith("recall@"):
         return "R@" + key.removeprefix("recall@")
-    return _METRIC_NAMES.get(key, key.replace("_", " "))
+    for prefix, direction in _DIRECTIONS.items():
+        if key.startswith(prefix):
+            return f"{direction} {metric_name(key.removeprefix(prefix))}"
+    return (_METRIC_NAMES | _LOWER_IS_BETTER).get(key, key.replace("_", " "))
 
 
 def table_view(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -93,7 +101,11 @@ def facts_view(values: Mapping[str, Any], prefix: str = "") -> list[dict[str, st
 
 
 def _is_fraction(key: str) -> bool:
-    return key.startswith("recall@") or key in _METRIC_NAMES or key.endswith(("accuracy", "_share"))
+    return (
+        key.startswith(("recall@", "i2t_recall@", "t2i_recall@"))
+        or key in _METRIC_NAMES
+        or key.endswith(("accuracy", "_share"))
+    )
 
 
 def _about(columns: list[str], values: Mapping[str, Any], counts: Mapping[str, str]) -> str:
@@ -105,7 +117,14 @@ def _about(columns: list[str], values: Mapping[str, Any], counts: Mapping[str, s
     if any(spread is not None for _, spread, _ in parts):
         sentences.append("Behind ± stands the standard deviation over seeds.")
     if any(interval is not None for _, _, interval in parts):
-        sentences.append("Below stands the 95 % bootstrap interval over the queries.")
+        drawn = "groups" if "n_groups" in counts else "queries"
+        sentences.append(f"Below stands the 95 % bootstrap interval over the {drawn}.")
+    if any(key in _LOWER_IS_BETTER for key in columns):
+        sentences.append("The modality gap is a ratio; lower is better.")
+    if {"n_images", "n_texts"} <= counts.keys():
+        sentences.append(f"{counts['n_images']} photos and {counts['n_texts']} texts search each other.")
+    if "n_groups" in counts:
+        sentences.append(f"{counts['n_groups']} groups; chance is 25, 25 and 16.7 %.")
     if "n_queries" in counts:
         gallery = f" in a gallery of {counts['n_gallery']}" if "n_gallery" in counts else ""
         sentences.append(f"{counts['n_queries']} queries{gallery}.")

@@ -76,7 +76,7 @@ def write_comparison(groups: Sequence[Group], path: Path) -> Path:
         confusions=confusions(found[names[-1]], labels, attributes, vectors[names[-1]], photos),
         differing={name: recall_by_differing_attributes(one, labels, attributes) for name, one in found.items()},
         health=health(logs),
-        settings=_settings(finished),
+        settings=gathered_settings(finished),
         cost=cost(finished),
     )
 
@@ -85,18 +85,25 @@ def group_names(groups: Sequence[Group]) -> list[str]:
     """A short name of each group that tells it from the others: method and loss, then the settings that differ."""
     names = []
     for group in groups:
-        loss = str(group.settings.get("loss"))
-        over = "" if group.method == "metric" else f"{group.method.upper()} over "
-        words = [over + LOSSES.get(loss, loss)]
+        words = [_method_words(group)]
         if len({other.settings.get("pooling") for other in groups}) > 1:
             words.append(f"{group.settings.get('pooling')} pooling")
         if len({other.steps for other in groups}) > 1:
             words.append(group.steps)
-        words += [f"{key.replace('_', ' ')} {value}" for key, value in group.differs.items()]
+        words += [f"{key.replace('_', ' ')} {value}" for key, value in group.differs.items() if key != "preference"]
         if len({other.settings.get("data") for other in groups}) > 1:
             words.append(f"on {group.settings.get('data')}")
         names.append(", ".join(words))
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
+
+
+def _method_words(group: Group) -> str:
+    """Method and loss, or the preferences that stand beside contrast."""
+    if group.method == "maple":
+        preference = group.settings.get("preference")
+        return "Contrast alone" if preference == "none" else f"MAPLE, {preference}"
+    loss = str(group.settings.get("loss"))
+    return ("" if group.method == "metric" else f"{group.method.upper()} over ") + LOSSES.get(loss, loss)
 
 
 def measured_photos(run: Run) -> datasets.Dataset:
@@ -154,7 +161,7 @@ def _summary(named: Mapping[str, Group], queries: Sequence[GroupQueries | None],
     settings = [group.settings for group in named.values()]
     students = " or ".join(dict.fromkeys(student_words(one) for one in settings))
     data = " or ".join(dict.fromkeys(str(one["data"]) for one in settings))
-    counts = [f"{name} ({group.steps}, {_seeds(group)})" for name, group in named.items()]
+    counts = [f"{name} ({group.steps}, {seeds_text(group)})" for name, group in named.items()]
     sentences = [
         f"{students} was trained on {data}: {'; '.join(counts)}.",
         f"It was measured on {counted_photos(test)} that it had not been trained on.",
@@ -175,7 +182,8 @@ def _summary(named: Mapping[str, Group], queries: Sequence[GroupQueries | None],
     return " ".join(sentences)
 
 
-def _seeds(group: Group) -> str:
+def seeds_text(group: Group) -> str:
+    """Such as "3 seeds"."""
     return f"{len(group.runs)} seed" + "s" * (len(group.runs) != 1)
 
 
@@ -221,7 +229,7 @@ def _notes(named: Mapping[str, Group], queries: Sequence[GroupQueries | None], s
     return [*notes, f"Photos, confused classes and recall by attributes are those of one seed: {folders}."]
 
 
-def _settings(finished: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
+def gathered_settings(finished: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
     """Settings that all share as they are; of others the value of each group."""
     first = {name: runs[0].settings for name, runs in finished.items()}
     keys = dict.fromkeys(key for settings in first.values() for key in settings if key not in ("out", "seed"))

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,11 +52,13 @@ from fieldmark.evaluation.student import embed_photos
 from fieldmark.losses.cached import CachedColumnsLoss
 from fieldmark.losses.expanded import Candidates, symmetric_contrastive
 from fieldmark.losses.preference import MapleTemperatures, maple_loss, relative_preference
+from fieldmark.methods.image_text_reporting import ImageTextWitness, write_image_text_report
 from fieldmark.methods.run import RunConfig, check_folder, checkpoint_to_resume, refuse, save_results
 from fieldmark.methods.trainer import FieldmarkTrainer, this_process, training_arguments
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import build_student
 from fieldmark.students.dual_encoder import dual_encoder_student
+from fieldmark.students.frozen_tower import remembered_tower
 from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import load_lora, merge_lora
 from fieldmark.students.multimodal import build_multimodal_student
@@ -92,6 +95,7 @@ class MapleConfig(RunConfig):
         groups: JSONL of groups (image_0, image_1, caption_0, caption_1) to measure; null makes them of the catalogue.
         mini_batch_size: items embedded at once by GradCache; 0 embeds a batch as a whole.
         photo_memory_mb: decoded photos kept between steps.
+        tower_memory_mb: tokens of the frozen tower kept between steps; of an mllm student.
         teacher_dtype: precision of the teacher.
     """
 
@@ -117,6 +121,7 @@ class MapleConfig(RunConfig):
     groups: str | None = None
     mini_batch_size: int = 0
     photo_memory_mb: int = 1024
+    tower_memory_mb: int = 1024
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     learning_rate: float = 5e-4
     warmup: float = 0.025
@@ -127,6 +132,7 @@ class MapleConfig(RunConfig):
         super().__post_init__()
         refuse(self, ("tau", "beta", "lora_alpha", "temperature_learning_rate", "dedup_clusters"), above_zero=True)
         least = {"anchors_per_batch": 2, "negatives": 0, "lora_rank": 0, "mini_batch_size": 0, "photo_memory_mb": 0}
+        least |= {"tower_memory_mb": 0}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise FieldmarkError(f"{name} is {getattr(self, name)}; give {number} or more.")
@@ -293,6 +299,10 @@ def train(config: MapleConfig) -> Path:
     # 5. Hard candidates, and the teacher's scores of them
     sets = mine(config, student, task.train)
     alignment = None if config.preference == "none" else score(config, teacher, sets, out)
+    witness = ImageTextWitness.watch(
+        teacher, student, task.groups, sets, alignment, path=alignment_path(config, out), resolution=config.resolution,
+        seed=config.seed,
+    )  # fmt: skip
     # 6. Loss and training
     objective = MapleObjective(config)
     loss: nn.Module = MapleLoss(student, objective)
@@ -310,11 +320,14 @@ def train(config: MapleConfig) -> Path:
         description="MAPLE",
         objective=objective,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
+    with remembered_tower(student, config.tower_memory_mb) if config.student_kind == "mllm" else nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
     # 7. The trained student, its adapters merged; 8. run folder: the teacher stays behind
     merge_lora(student)
     after = measure(student, task, config)
-    save_results(out, student, before, after, started, method="maple", seed=config.seed)
+    if save_results(out, student, before, after, started, method="maple", seed=config.seed):
+        # 9. Report
+        write_image_text_report(out, student, task.train, before, after, witness)
     return out
 
 
@@ -413,12 +426,11 @@ def score(config: MapleConfig, teacher: Teacher, sets: CandidateSets, out: Path)
             asked[item] |= dict.fromkeys(sets.texts[other])
             asked[other] |= dict.fromkeys(sets.texts[item])
     texts = [list(own) for own in asked]
-    path = Path(config.alignment) if config.alignment else out / "alignment.parquet"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher.model.to(device)  # type: ignore[arg-type]
     with (
         JobProgress("alignment scores", len(texts)) as job,
-        alignment_cache(path, teacher, config.resolution) as cache,
+        alignment_cache(alignment_path(config, out), teacher, config.resolution) as cache,
     ):
         scores = label_alignment(teacher, sets.photos, texts, cache, resolution=config.resolution, progress=job.update)
     teacher.model.to("cpu")
@@ -427,6 +439,11 @@ def score(config: MapleConfig, teacher: Teacher, sets: CandidateSets, out: Path)
         for item, (own, values) in enumerate(zip(texts, scores, strict=True))
         for text, value in zip(own, values, strict=True)
     }
+
+
+def alignment_path(config: MapleConfig, out: Path) -> Path:
+    """The file of the teacher's scores."""
+    return Path(config.alignment) if config.alignment else out / "alignment.parquet"
 
 
 def make_batches(config: MapleConfig, items: int) -> AnchorSteps:

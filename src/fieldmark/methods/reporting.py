@@ -33,6 +33,7 @@ HEALTH = {
     "valid_json": ("Valid JSON", "of the teacher's answers", True),
     "completion_length": ("Tokens an answer", "mean over training", False),
 }
+CURVES = {"loss": "Loss"} | {key: HEALTH[key][0] for key in ("mixed_groups", "verdict_accuracy")}
 LOSSES = {
     "proxy_anchor": "Proxy Anchor",
     "potential_field": "Potential Field",
@@ -178,9 +179,11 @@ def on_r1(sentence: str) -> str:
     return f"On R@1, {sentence[0].lower()}{sentence[1:]}."
 
 
-def curves(logs: Mapping[str, Sequence[list[dict[str, Any]]]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Loss and health over training, one line a name; of several seeds their mean, at the steps that all have."""
-    names = {"loss": "Loss"} | {key: HEALTH[key][0] for key in ("mixed_groups", "verdict_accuracy")}
+def curves(
+    logs: Mapping[str, Sequence[list[dict[str, Any]]]], names: Mapping[str, str] = CURVES
+) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What `names` names (key of the log -> heading) over training, one line a run; of several seeds their mean, at the
+    steps that all have."""
     charts = {}
     for key, heading in names.items():
         lines = {name: _mean_line(of_seeds, key) for name, of_seeds in logs.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,16 @@ def tower_features(
     return np.concatenate(rows)
 
 
+def check_texts(teacher: Teacher, photo: PhotoRef, texts: Iterable[str], *, resolution: int | None = None) -> None:
+    """Refuses what cannot be asked about; one photo is looked at.
+
+    Raises:
+        FieldmarkError: the teacher cannot answer Yes or No, or a text cannot be asked about (see `Aligner`).
+    """
+    visual = teacher.visual_tokens([open_photo(photo)], resolution)
+    _check_texts(Aligner(teacher, visual.tokens.shape[1]), texts)
+
+
 def label_alignment(
     teacher: Teacher,
     photos: Sequence[PhotoRef],
@@ -111,8 +121,9 @@ def label_alignment(
             if key not in cache and key not in seen:
                 seen.add(key)
                 asked.setdefault(photo, []).append(place)
-    # Photos with equally many texts run together: shorter lists would be filled up with texts asked for nothing.
-    order = sorted(asked, key=lambda photo: len(asked[photo]))
+    # Photos with equally many texts of like length run together: shorter lists would be filled up with texts asked for
+    # nothing, shorter texts with padding.
+    order = sorted(asked, key=lambda photo: (len(asked[photo]), max(len(texts[photo][k]) for k in asked[photo])))
     done = len(photos) - len(order)
     progress(done)
     aligner: Aligner | None = None
@@ -121,9 +132,7 @@ def label_alignment(
         visual = teacher.visual_tokens([open_photo(photos[photo]) for photo in chunk], resolution)
         if aligner is None:
             aligner = Aligner(teacher, visual.tokens.shape[1])
-            # A text that cannot be asked about is refused before hours of work, not after them.
-            for text in dict.fromkeys(texts[photo][place] for photo in order for place in asked[photo]):
-                aligner.tail(text)
+            _check_texts(aligner, (texts[photo][place] for photo in order for place in asked[photo]))
         width = max(len(asked[photo]) for photo in chunk)
         wanted = [[texts[photo][place] for place in asked[photo]] for photo in chunk]
         scores = aligner.scores(visual, [row + row[:1] * (width - len(row)) for row in wanted]).tolist()
@@ -135,6 +144,12 @@ def label_alignment(
         done += len(chunk)
         progress(done)
     return [[cache[key]["score"] for key in row] for row in keys]
+
+
+def _check_texts(aligner: Aligner, texts: Iterable[str]) -> None:
+    """Before hours of work, not after them."""
+    for text in dict.fromkeys(texts):
+        aligner.tail(text)
 
 
 def _row(photo: str, key: str, text: str, score: float) -> dict[str, Any]:

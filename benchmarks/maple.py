@@ -1,0 +1,100 @@
+"""The MAPLE ladder of docs/results.md: contrast, expanded negatives, preferences pairwise and listwise, three seeds.
+
+    uv run python benchmarks/maple.py --data aviary:4 --teacher src/fieldmark/teacher/embedded --out runs/maple
+    uv run python benchmarks/maple.py --data fashion:DIR --teacher TEACHER --out runs/fashion --train 1200 --test 600
+
+MAPLE tables 2 and 3 on a small scale: the student is the teacher's own checkpoint with LoRA, every row starts from the
+same weights, sees the same anchors for the same number of steps and shares one file of alignment scores. Finished runs
+are kept, a killed table goes on. Print it with `uv run fieldmark compare runs/maple/*-?`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fieldmark.commands.console import quiet_libraries
+from fieldmark.data.catalog import load_catalog
+from fieldmark.methods import maple
+
+CONTRAST: dict[str, Any] = {"preference": "none", "expanded": False}
+ROWS: dict[str, dict[str, Any]] = {
+    "contrast": CONTRAST,
+    "contrast-E": CONTRAST | {"expanded": True},
+    "rpa-pair": {"preference": "pairwise", "expanded": False},
+    "rpa-list": {"preference": "listwise", "expanded": False},
+    "rpa-list-alone": {"preference": "listwise", "expanded": False, "preference_weight": 1.0},
+    "rpa-list-E": {"preference": "listwise", "expanded": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--anchors", type=int, default=12)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--weight", type=float, default=0.5, help="lambda of the rows with both losses")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), help="rows to do")
+    parser.add_argument("--tag", default="", help="name of a variant")
+    parser.add_argument("--train", type=int, help="training items at most, drawn by a fixed seed")
+    parser.add_argument("--test", type=int, help="test items at most, likewise")
+    parser.add_argument("--threads", type=int, default=1, help="two processes of one thread beat one of two")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    quiet_libraries()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    data = arguments.data
+    if arguments.train or arguments.test:
+        data = str(subset(data, arguments.out / "catalog.jsonl", {"train": arguments.train, "test": arguments.test}))
+    for seed in arguments.seeds:
+        for name in arguments.only or ROWS:
+            out = arguments.out / f"{name}{arguments.tag}-{seed}"
+            if (out / "metrics.json").exists():
+                continue
+            settings: dict[str, Any] = {
+                "data": data,
+                "teacher": arguments.teacher,
+                "out": str(out),
+                "alignment": str(arguments.out / "alignment.parquet"),
+                "anchors_per_batch": arguments.anchors,
+                "max_steps": arguments.steps,
+                "learning_rate": arguments.learning_rate,
+                "preference_weight": arguments.weight,
+                "precision": "bf16",
+                "seed": seed,
+                "resume": out.exists(),
+            }
+            maple.train(maple.MapleConfig(**settings | ROWS[name]))
+
+
+def subset(source: str, path: Path, most: dict[str, int | None]) -> Path:
+    """A table of some rows of each split, the same at every call."""
+    if path.exists():
+        return path
+    rows = load_catalog(source)
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    left = dict(most)
+    with path.with_suffix(".part").open("w", encoding="utf-8") as file:
+        for i in order:
+            row = rows[i]
+            count = left.get(row["split"])
+            if count == 0 or row["split"] not in left:
+                continue
+            left[row["split"]] = None if count is None else count - 1
+            row["attributes"] = {k: v for k, v in (row["attributes"] or {}).items() if v is not None}
+            file.write(json.dumps(row) + "\n")
+    path.with_suffix(".part").rename(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()
