@@ -276,7 +276,7 @@ def test_photos_are_made_smaller_until_the_file_fits(tmp_path, monkeypatch):
 
 def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fieldmark.evaluation.report.MAX_BYTES", 5_000)
-    with pytest.raises(FieldmarkError, match="with 1 galleries, 0 confused classes and 0 pairs"):
+    with pytest.raises(FieldmarkError, match="with 1 galleries, 0 confused classes, 0 candidate sets and 0 pairs"):
         write_report(tmp_path / "r.html", title="t", galleries=FULL["galleries"])  # its style alone takes more
     assert not (tmp_path / "r.html").exists()
 
@@ -410,6 +410,14 @@ def test_any_points_stay_inside_the_chart(points):
         assert 0 <= x <= 340
         assert 0 <= y <= 190
     assert len(chart.ticks_y) >= 2
+
+
+@pytest.mark.parametrize("points", [[(1, 10.68), (2, 10.67)], [(1, 12345.6), (2, 12345.9)], [(1, 0.2), (2, 0.9)]])
+def test_every_tick_has_its_own_number(points):
+    ticks = charted(points).ticks_y
+    assert len({text for _, text in ticks}) == len(ticks)
+    assert float(ticks[0][1].replace(",", "")) <= min(value for _, value in points)
+    assert float(ticks[-1][1].replace(",", "")) >= max(value for _, value in points)
 
 
 def test_long_noisy_lines_are_smoothed_to_their_running_mean():

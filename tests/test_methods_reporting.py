@@ -93,6 +93,16 @@ def text_of(path: Path) -> str:
     return " ".join(Text(path).words.split())
 
 
+# -- the card of the trained student
+
+
+def test_the_card_names_no_photo_of_this_machine(house):
+    card = (house / "pa-0" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "dataset_size:12" in card
+    assert "widget" not in card
+    assert str(house) not in card
+
+
 # -- the page of one run
 
 

@@ -141,7 +141,8 @@ def write_report(
     else:
         raise FieldmarkError(
             f"the report would take {len(page) / 1e6:.1f} MB with {len(galleries)} galleries, {len(confusions)} "
-            f"confused classes, {len(candidates)} candidate sets and {len(pairs)} pairs; it must stay within 5 MB: show fewer"
+            f"confused classes, {len(candidates)} candidate sets and {len(pairs)} pairs; it must stay within "
+            "5 MB: show fewer"
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

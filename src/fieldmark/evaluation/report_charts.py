@@ -74,7 +74,10 @@ def draw_chart(name: str, series: Mapping[str, Points]) -> Chart | None:
         name=name,
         lines=lines,
         ticks_x=[(float(place(np.array([[t, low_y]]))[0, 0]), number_text(t)) for t in ticks_x if low_x <= t <= high_x],
-        ticks_y=[(float(place(np.array([[low_x, t]]))[0, 1]), number_text(t)) for t in ticks_y],
+        ticks_y=[
+            (float(place(np.array([[low_x, t]]))[0, 1]), text)
+            for t, text in zip(ticks_y, _tick_texts(ticks_y), strict=True)
+        ],
         summary="; ".join(_summary(key, points) for key, points in cleaned.items()),
     )
 
@@ -89,6 +92,12 @@ def number_text(value: float) -> str:
         return f"{value:,.0f}"
     text = f"{value:.3g}"
     return text if "e" in text else text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Ticks as text, each another one, also where they lie close together far from zero."""
+    texts = [number_text(tick) for tick in ticks]
+    return texts if len(set(texts)) == len(texts) else [f"{tick:,.10g}" for tick in ticks]
 
 
 def _summary(name: str, points: np.ndarray) -> str:

@@ -47,11 +47,14 @@ def agreement_view(results: GroupResults | None) -> dict[str, Any] | None:
     """Plots of cosine against alignment score, and the rank correlation of each category, the highest first."""
     if results is None:
         return None
-    bounds = {when: (float(getattr(results, when).min()), float(getattr(results, when).max())) for when in WHEN}
+    bounds = {who: _bounds(getattr(results, who)) for who in ("teacher", *WHEN)}
     rows = []
     for name in results.named:
         chosen = results.rows(name)
-        plots = [mini_scatter(results.teacher[chosen], getattr(results, when)[chosen], bounds[when]) for when in WHEN]
+        plots = [
+            mini_scatter(results.teacher[chosen], getattr(results, when)[chosen], bounds["teacher"], bounds[when])
+            for when in WHEN
+        ]
         found = [results.correlation(when, name) for when in WHEN]
         rows.append(
             {
@@ -136,6 +139,10 @@ def _inside_groups(cosines: np.ndarray) -> Any:
     )
 
 
+def _bounds(values: np.ndarray) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
+
+
 def _bar(model: str, number: int, scores: Mapping[str, float] | None) -> dict[str, Any]:
     if scores is None:
         return {"model": model, "number": number % 5, "text": "–", "share": 0.0, "note": ""}
@@ -149,7 +156,7 @@ def _example(example: CandidateExample, size: Size) -> dict[str, Any]:
     anchor = example.texts[0]
     scores = example.image_to_text
     ranks = {who: _ranks(values) for who, values in scores.items()}
-    order = sorted(range(len(anchor_row := scores["teacher"])), key=lambda i: (-anchor_row[i], i))
+    order = _order(scores["teacher"])
     return {
         "src": uris[0],
         "text": anchor,
@@ -170,13 +177,14 @@ def _example(example: CandidateExample, size: Size) -> dict[str, Any]:
 def _strip(example: CandidateExample, who: str, uris: Sequence[str]) -> dict[str, Any]:
     scores = example.text_to_image
     values = scores[who]
-    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    order = _order(values)
     name = {"teacher": "Teacher", "before": "Untrained student", "after": "Trained student"}[who]
     left_out = f", first {_MOST_CANDIDATES} of {len(order)}" if len(order) > _MOST_CANDIDATES else ""
     note = "alignment score" if who == "teacher" else f"cosine; {_alike(scores, who)}"
     return {
         "name": name,
         "note": note + left_out,
+        "texts": who == "teacher",
         "results": [
             {
                 "src": uris[i],
@@ -193,6 +201,11 @@ def _strip(example: CandidateExample, who: str, uris: Sequence[str]) -> dict[str
 def _alike(scores: Mapping[str, Sequence[float]], when: str) -> str:
     right, pairs = orders_alike(scores["teacher"], scores[when])
     return f"{right} of {pairs} pairs in the teacher's order"
+
+
+def _order(values: Sequence[float]) -> list[int]:
+    """The highest first, of equal ones the earlier."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
 def _ranks(values: Sequence[float]) -> list[int]:

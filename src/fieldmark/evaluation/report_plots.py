@@ -10,9 +10,9 @@ import numpy as np
 
 from fieldmark.evaluation.report_charts import HEIGHT, WIDTH, number_text, round_ticks
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 14, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 28, 36
 _BINS = 8
-_MINI = (96.0, 48.0)
+MINI_SIZE = (96, 48)
 # Points of one kind in one plot: more make no other picture, only a larger file.
 _MOST_POINTS = 1200
 _FEWEST_IN_BIN = 5
@@ -61,17 +61,17 @@ def draw_scatter(name: str, teacher: np.ndarray, cosines: np.ndarray, note: str)
         cosines: [G, 2, 2].
         note: what is said beside the name.
     """
-    low, high = _frame(cosines)
-    place = _placing((0.0, 1.0), (low, high), (WIDTH, HEIGHT))
+    ticks_x, ticks_y = (round_ticks(float(values.min()), float(values.max()), 4) for values in (teacher, cosines))
+    bottom = (ticks_y[0], ticks_y[-1])
+    place = _placing((ticks_x[0], ticks_x[-1]), bottom, (WIDTH, HEIGHT))
     own = np.broadcast_to(np.eye(2, dtype=bool), teacher.shape)
     centres, medians = _medians(teacher.ravel(), cosines.ravel())
     shown = {kind: _thinned(np.stack([teacher[own == kind], cosines[own == kind]], 1)) for kind in (True, False)}
-    ticks_x, ticks_y = [0.0, 0.25, 0.5, 0.75, 1.0], round_ticks(low, high, 4)
     spread = f"cosines from {number_text(float(cosines.min()))} to {number_text(float(cosines.max()))}"
     return Scatter(
         name=name,
         note=note,
-        axes=_axes(place, ticks_x, ticks_y, (low, high), "teacher's alignment score", "cosine"),
+        axes=_axes(place, ticks_x, ticks_y, bottom, "teacher's alignment score", "cosine"),
         dots=_dots(place(shown[True])),
         crosses=_crosses(place(shown[False])),
         median="" if len(centres) < 2 else _line(place(np.stack([centres, medians], 1))),
@@ -79,17 +79,16 @@ def draw_scatter(name: str, teacher: np.ndarray, cosines: np.ndarray, note: str)
     )
 
 
-def mini_scatter(teacher: np.ndarray, cosines: np.ndarray, bounds: tuple[float, float]) -> tuple[str, str]:
-    """Matched and mismatched pairs of one category as two SVG paths in a box of `MINI_SIZE`."""
-    width, height = _MINI
-    x = 3 + teacher * (width - 6)
-    y = height - 3 - (cosines - bounds[0]) / max(bounds[1] - bounds[0], 1e-9) * (height - 6)
+def mini_scatter(
+    teacher: np.ndarray, cosines: np.ndarray, x: tuple[float, float], y: tuple[float, float]
+) -> tuple[str, str]:
+    """Matched and mismatched pairs of one category as two SVG paths in a box of `MINI_SIZE`; x and y are its bounds."""
+    width, height = MINI_SIZE
+    across = 4 + (teacher - x[0]) / max(x[1] - x[0], 1e-9) * (width - 8)
+    down = height - 4 - (cosines - y[0]) / max(y[1] - y[0], 1e-9) * (height - 8)
     own = np.broadcast_to(np.eye(2, dtype=bool), teacher.shape)
-    places = {kind: _thinned(np.stack([x[own == kind], y[own == kind]], 1)) for kind in (True, False)}
+    places = {kind: _thinned(np.stack([across[own == kind], down[own == kind]], 1)) for kind in (True, False)}
     return _dots(places[True]), _crosses(places[False], 1.5)
-
-
-MINI_SIZE = _MINI
 
 
 def draw_histogram(
@@ -116,11 +115,6 @@ def draw_histogram(
         summary="; ".join(f"{key}: mean {number_text(round(mean, 3))}" for key, mean in means.items()),
         facts=[(key, number_text(float(value))) for key, value in facts],
     )
-
-
-def _frame(values: np.ndarray) -> tuple[float, float]:
-    ticks = round_ticks(float(values.min()), float(values.max()), 4)
-    return ticks[0], ticks[-1]
 
 
 def _placing(x: tuple[float, float], y: tuple[float, float], size: tuple[int, int]) -> Any:

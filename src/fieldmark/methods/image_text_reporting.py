@@ -37,7 +37,7 @@ CURVES = {
     "data_wait_share": "Share of time waiting for data",
 }
 _EXAMPLES = 8
-_BEATEN_EXAMPLES = 3  # of them such as the teacher likes another candidate of better
+_BEATEN_EXAMPLES = 3  # of them such as the teacher scores another candidate higher
 
 Scores = Mapping[tuple[int, str], float]
 
@@ -245,7 +245,8 @@ def student_words(settings: Mapping[str, Any]) -> str:
     if settings["student_kind"] == "dual":
         return f"A dual encoder ({name}, {adapters})"
     pooling = "mean pooling" if settings["pooling"] == "mean" else "its last token"
-    return f"An embedder (the language model and tower of {name}, {settings['attention']} attention, {pooling}, {adapters})"
+    how = f"{settings['attention']} attention, {pooling}, {adapters}"
+    return f"An embedder (the language model and tower of {name}, {how})"
 
 
 def training_words(settings: Mapping[str, Any]) -> str:
@@ -270,7 +271,7 @@ def cells(metrics: Mapping[str, Any], when: str) -> dict[str, Any]:
 
 
 def notes(results: GroupResults | None) -> list[str]:
-    """Groups one by one, before against after; how the teacher does on them, and how far the student orders as it does."""
+    """Groups one by one, before against after; how the teacher does on them; how far the student orders as it does."""
     if results is None:
         return ["The test part gave no groups of photos that differ in one attribute; give some with --groups."]
     told = []
@@ -285,8 +286,10 @@ def notes(results: GroupResults | None) -> list[str]:
     )
     old, new = results.correlation("before"), results.correlation("after")
     if old is not None and new is not None:
-        told.append(f"The student's cosines follow the teacher's scores with a rank correlation of {old:.2f} before and "
-                    f"{new:.2f} after training.")  # fmt: skip
+        told.append(
+            f"The student's cosines follow the teacher's scores with a rank correlation of {old:.2f} before and {new:.2f} "
+            "after training."
+        )
     return told
 
 

@@ -64,7 +64,7 @@ from fieldmark.students.lora import load_lora, merge_lora
 from fieldmark.students.multimodal import build_multimodal_student
 from fieldmark.teacher.cache import photo_hash
 from fieldmark.teacher.describe import read_captions
-from fieldmark.teacher.labels import alignment_cache, label_alignment
+from fieldmark.teacher.labels import alignment_cache, candidate_texts, label_alignment
 from fieldmark.teacher.model import Teacher
 
 
@@ -420,12 +420,7 @@ def numbered(values: Sequence[str | None]) -> list[int]:
 
 def score(config: MapleConfig, teacher: Teacher, sets: CandidateSets, out: Path) -> dict[tuple[int, str], float]:
     """The teacher's score of every photo and text that can stand in one candidate set."""
-    asked: list[dict[str, None]] = [dict.fromkeys(own) for own in sets.texts]
-    for item, others in enumerate(sets.negatives.tolist()):
-        for other in others:
-            asked[item] |= dict.fromkeys(sets.texts[other])
-            asked[other] |= dict.fromkeys(sets.texts[item])
-    texts = [list(own) for own in asked]
+    texts = candidate_texts(sets.texts, sets.negatives)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher.model.to(device)  # type: ignore[arg-type]
     with (

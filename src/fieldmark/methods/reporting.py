@@ -125,7 +125,8 @@ def summary(runs: Mapping[str, FinishedRun], train: datasets.Dataset, test: data
     paired = _after_against_before(last)
     sentences = [
         f"{student_words(settings)} was trained on {counted_photos(train)} from {settings['data']} with "
-        f"{method_words(last.metrics['method'], settings)}: {steps:,} optimizer steps, seed {last.metrics['seed']}.",
+        f"{method_words(last.metrics['method'], settings)}: {steps:,} optimizer {'step' if steps == 1 else 'steps'}, "
+        f"seed {last.metrics['seed']}.",
         f"It was measured on {counted_photos(test)} that it had not been trained on.",
         f"R@1, {R1_IN_WORDS}, went from {percent(before['recall@1'])} to {percent(after['recall@1'])} % "
         f"(95 % interval {percent(low)}–{percent(high)}): better on {paired.better:,} queries, worse on "

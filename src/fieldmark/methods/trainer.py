@@ -101,6 +101,8 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
         card.widget = [{}]  # examples are drawn where there are none
         super().add_model_card_callback(default_args_dict)
         card.widget = []
+        for described in card.train_datasets:
+            described["examples"], described["examples_table"] = {}, ""
 
     def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self.batches

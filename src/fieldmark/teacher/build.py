@@ -53,6 +53,8 @@ class BuildConfig(CatalogOptions):
         out: folder of the teacher.
         skills: what it learns: compare (SAGA; needs labels and attributes), align (MAPLE; needs titles); null is all
             that the catalogue has the columns for.
+        start: folder of a teacher that `build-teacher` made of this catalogue; its language model learns on, its tower
+            and tokenizer stay.
         tower: folder or hub id of a pre-trained timm network; null makes a Qwen3-VL tower from nothing.
         tower_steps: optimizer steps of a tower from nothing.
         tower_batch: photos a step.
@@ -75,6 +77,7 @@ class BuildConfig(CatalogOptions):
 
     out: str
     skills: list[Literal["compare", "align"]] | None = None
+    start: str | None = None
     tower: str | None = None
     tower_steps: int = 400
     tower_batch: int = 48
@@ -127,16 +130,7 @@ def build_teacher(config: BuildConfig) -> Path:
     torch.manual_seed(config.seed)
     domain = domain_for_attributes(list(catalog.features["attributes"]))  # all names: no item need have every one
     # 2. Tokenizer, 3. body
-    tokenizer = make_tokenizer(_texts(skills, domain, catalog, attributes, config.seed))
-    if config.tower is None:
-        processor: Any = make_processor(tokenizer, config.resolution)
-        teacher = Teacher(make_model(tokenizer), processor)
-    else:
-        from fieldmark.teacher.composed import make_composed
-
-        pretrained = VisionTower.from_pretrained(config.tower, config.resolution)
-        model, processor = make_composed(pretrained, tokenizer)
-        teacher = Teacher(model, processor)
+    teacher = Teacher.load(config.start) if config.start else _new_teacher(config, skills, domain, catalog, attributes)
     out = _open_folder(config)
     _save(teacher, out / "stages" / "body")
     # 4. Tower
@@ -144,12 +138,13 @@ def build_teacher(config: BuildConfig) -> Path:
     known = [attributes[name] for name in _names(catalog)]
     table = AttributeTable.of(known)
     truth = table.encode(known)
-    _stage(
-        out / "stages" / "tower.safetensors",
-        tower,
-        lambda: _teach_tower(config, tower, list(catalog["image"]), truth, table),
-    )
-    put_tower(teacher, tower)
+    if config.start is None:
+        _stage(
+            out / "stages" / "tower.safetensors",
+            tower,
+            lambda: _teach_tower(config, tower, list(catalog["image"]), truth, table),
+        )
+        put_tower(teacher, tower)
     # 5. Language
     bank = photo_bank(tower, catalog, attributes, max_photos=config.max_photos, views=config.views, seed=config.seed)
     _stage(
@@ -158,11 +153,29 @@ def build_teacher(config: BuildConfig) -> Path:
         lambda: _teach_language(config, skills, teacher, domain, bank),
     )
     # 6. Examination, card, weights
-    teacher = save_teacher(teacher, out, torch.bfloat16 if config.tower is None else torch.float32)
+    made_here = teacher.model_type == "qwen3_vl"
+    teacher = save_teacher(teacher, out, torch.bfloat16 if made_here else torch.float32)
     results = _examine_unseen(config, skills, teacher, tower, domain, unseen, bank)
     seen = {split for split, rows in unseen.items() if not attributes.keys().isdisjoint(_names(rows))}
     write_card(out, config, skills, domain, teacher, results, minutes=(time.time() - started) / 60, known=seen)
     return out
+
+
+def _new_teacher(
+    config: BuildConfig,
+    skills: Sequence[str],
+    domain: Domain,
+    catalog: datasets.Dataset,
+    attributes: dict[str, dict[str, str]],
+) -> Teacher:
+    """Tokenizer and body, nothing learned yet but what a pre-trained tower brings."""
+    tokenizer = make_tokenizer(_texts(skills, domain, catalog, attributes, config.seed))
+    if config.tower is None:
+        return Teacher(make_model(tokenizer), make_processor(tokenizer, config.resolution))
+    from fieldmark.teacher.composed import make_composed
+
+    pretrained = VisionTower.from_pretrained(config.tower, config.resolution)
+    return Teacher(*make_composed(pretrained, tokenizer))
 
 
 def choose_skills(config: BuildConfig, catalog: datasets.Dataset) -> list[str]:

@@ -49,6 +49,8 @@ def write_card(
     }
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     tower = f"{config.tower_steps} steps" if config.tower is None else f"`{config.tower}` as it is, a projector fitted"
+    if config.start is not None:
+        tower = "as in the teacher it started from, whose language model learned on"
     classes, examined = "classes that no student trains on or is tested on", "classes it has never seen"
     if known:
         classes = "its train rows, which a student trains on too"

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.align import Aligner
 from fieldmark.teacher.model import Teacher, VisualTokens
 
 FALSE_FOR_A_TRUE = 2
+_TRIES = 50
 STATEMENT_SHARE = 0.4
 MANY_WRONG_SHARE = 0.85
 EDITED_SHARE = 0.6  # of the false titles, where the title names a value that can be exchanged
@@ -146,12 +148,23 @@ class JudgedTexts:
         return tuple(Named(*span, True, spans[span]) for span in sorted(longest))
 
     def other_title(self, item: int) -> Judged:
-        """The title of an item with other attributes."""
-        for _ in range(50):
-            other = self.titled[self.rng.integers(len(self.titled))]
-            if self.attributes[other] != self.attributes[item] and self.titles[other] != self.titles[item]:
-                break
-        return Judged(self.titles[other] or "", False)
+        """The title of an item with other attributes (or unknown ones), at least another title.
+
+        Raises:
+            FieldmarkError: all titles are the same.
+        """
+        own, row = self.titles[item], self.attributes[item]
+        found = None
+        for other in self.rng.integers(len(self.titled), size=_TRIES).tolist():
+            title, others = self.titles[self.titled[other]], self.attributes[self.titled[other]]
+            if title != own:
+                found = title
+                if not row or others != row:
+                    break
+        found = found or next((title for title in self.titles if title and title != own), None)
+        if found is None:
+            raise FieldmarkError(f"all titles are {own!r}; the skill align needs items with different ones.")
+        return Judged(found, False)
 
     def _other_value(self, name: str, value: str) -> str:
         others = [other for other in self.values[name] if other != value]
@@ -173,12 +186,14 @@ class Judging:
         self.bank, self.batch_size, self.count = bank, batch_size, texts
         self.rng = np.random.default_rng((seed, 1))
         self.texts = JudgedTexts(bank.titles, [bank.attributes[c] for c in bank.classes], self.rng)
+        described = zip(bank.titles, self.texts.attributes, strict=True)
+        self.photos = [photo for photo, (title, row) in enumerate(described) if title or row]
         torch.manual_seed(seed)
         self.module = JudgingLoss(Aligner(teacher, bank.tokens.shape[2]))
 
     def loss(self) -> Tensor:
         """Of one step."""
-        photos = self.rng.integers(len(self.bank.titles), size=self.batch_size).tolist()
+        photos = [self.photos[i] for i in self.rng.integers(len(self.photos), size=self.batch_size)]
         drawn = [self.texts.draw(photo, self.count) for photo in photos]
         return torch.stack(list(self.module(self.bank.visual(photos), drawn).values())).sum()
 
