@@ -75,8 +75,8 @@ def _write_page(groups: Sequence[Group], path: Path) -> None:
     kinds = {group.compared == COMPARED for group in groups}
     if len(kinds) > 1:
         raise FieldmarkError(
-            "Some of these runs were measured on photos alone, some on photos and texts, and a page compares runs of one "
-            "kind; give runs of one kind, or leave --html out."
+            "Some of these runs were measured on photos alone, some on photos and texts, and a page compares runs of "
+            "one kind; give runs of one kind, or leave --html out."
         )
     quiet_libraries()
     if kinds == {True}:

@@ -37,7 +37,7 @@ CURVES = {
     "data_wait_share": "Share of time waiting for data",
 }
 _EXAMPLES = 8
-_BEATEN_EXAMPLES = 3  # of them such as the teacher scores another candidate higher
+_BEATEN_EXAMPLES = 3  # of them with another candidate that the teacher scores higher
 
 Scores = Mapping[tuple[int, str], float]
 
@@ -287,8 +287,8 @@ def notes(results: GroupResults | None) -> list[str]:
     old, new = results.correlation("before"), results.correlation("after")
     if old is not None and new is not None:
         told.append(
-            f"The student's cosines follow the teacher's scores with a rank correlation of {old:.2f} before and {new:.2f} "
-            "after training."
+            f"The student's cosines follow the teacher's scores with a rank correlation of {old:.2f} before and "
+            f"{new:.2f} after training."
         )
     return told
 
@@ -316,7 +316,7 @@ def health(witness: ImageTextWitness) -> dict[str, Any]:
         found = candidate_health(scores)
         facts[f"Own match not first: {name}"] = {
             "value": f"{percent(found['own_beaten'])} %",
-            "note": f"of {len(scores):,} anchors, the teacher likes another candidate of better",
+            "note": f"of {len(scores):,} anchors, the teacher scores another candidate higher",
         }
         facts[f"Own match ties for first: {name}"] = {
             "value": f"{percent(found['own_tied'])} %",

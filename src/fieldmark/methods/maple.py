@@ -298,11 +298,12 @@ def train(config: MapleConfig) -> Path:
     before = measure(student, task, config)
     # 5. Hard candidates, and the teacher's scores of them
     sets = mine(config, student, task.train)
-    alignment = None if config.preference == "none" else score(config, teacher, sets, out)
-    witness = ImageTextWitness.watch(
-        teacher, student, task.groups, sets, alignment, path=alignment_path(config, out), resolution=config.resolution,
-        seed=config.seed,
-    )  # fmt: skip
+    with this_process().main_process_first():  # the others find the teacher's answers in its file
+        alignment = None if config.preference == "none" else score(config, teacher, sets, out)
+        witness = ImageTextWitness.watch(
+            teacher, student, task.groups, sets, alignment, path=alignment_path(config, out),
+            resolution=config.resolution, seed=config.seed,
+        )  # fmt: skip
     # 6. Loss and training
     objective = MapleObjective(config)
     loss: nn.Module = MapleLoss(student, objective)
