@@ -135,13 +135,14 @@ def test_two_processes_give_what_one_gives(tmp_path, few_photos):
         torch.testing.assert_close(left[name], right[name], atol=5e-5, rtol=1e-3)
 
 
-def test_a_step_with_nothing_to_learn_says_why(tmp_path, few_photos):
+def test_a_step_with_nothing_to_learn_says_why(tmp_path, few_photos, capsys):
     out = train(tmp_path / "run", max_steps=1, max_new_tokens=5)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     said = [line["message"] for line in lines if "message" in line]
     assert len(said) == 1
     assert [line["step"] for line in lines] == [1, 1], "words and numbers of one step carry its number"
     assert "none of 32 answers was valid JSON" in said[0]
+    assert said[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,7 @@ def _chosen(to_photos: np.ndarray, seed: int) -> list[int]:
     if not len(to_photos):
         return []
     order = np.random.default_rng(seed).permutation(len(to_photos))
-    beaten = (to_photos[:, 1:] > to_photos[:, :1]).any(axis=1)[order]
+    beaten = np.asarray((to_photos[:, 1:] > to_photos[:, :1]).any(axis=1))[order]
     unlike, like = order[beaten].tolist(), order[~beaten].tolist()
     few = unlike[: max(_BEATEN_EXAMPLES, _EXAMPLES - len(like))]
     return [*like[: _EXAMPLES - len(few)], *few]

@@ -441,7 +441,7 @@ class SagaTrainer(FieldmarkTrainer):
                 f"no group was mixed: of {total['pairs']} pairs {total['all_right']} were right and "
                 f"{total['all_wrong']} wrong in every rollout"
             )
-        self.log({"message": f"step {self.state.global_step + 1}: no policy gradient, {why}"})  # type: ignore[dict-item]
+        self.say(f"step {self.state.global_step + 1}: no policy gradient, {why}")
 
 
 def scale_gradients(parameters: list[nn.Parameter], factor: float) -> None:

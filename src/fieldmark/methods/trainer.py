@@ -87,6 +87,7 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
         self.batches = batches
         self.own_loss: Any = self.loss
         self.health: dict[str, list[float]] = {}
+        self.said = False
         self._wait, self._last_log = 0.0, time.perf_counter()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -122,6 +123,13 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
         """Keeps health numbers of this step; the next log line has their means."""
         for key, value in values.items():
             self.health.setdefault(key, []).append(float(value))
+
+    def say(self, message: str) -> None:
+        """Logs a sentence; the first one of a run is printed too."""
+        if not self.said and self.is_world_process_zero():
+            print(message, file=sys.stderr)
+        self.said = True
+        self.log({"message": message})  # type: ignore[dict-item]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
