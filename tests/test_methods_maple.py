@@ -18,11 +18,11 @@ from fieldmark.methods.maple import MapleConfig, MapleTrainer
 from fieldmark.methods.quickstart import embedded_teacher
 from fieldmark.teacher.model import Teacher
 from helpers_cli import fails
+from helpers_tiny import with_answers
 from helpers_training import few, killed_at, log_of, train_in_two_processes
 
 SMALL = {
     "data": "aviary:1",
-    "teacher": str(embedded_teacher()),
     "anchors_per_batch": 4,
     "negatives": 2,
     "lora_rank": 4,
@@ -36,8 +36,10 @@ PARTS = ("loss", "loss/contrast", "loss/preference", "grad_norm/adapters", "tau"
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory) -> Path:
-    """The alignment scores of all runs, asked for once."""
-    return tmp_path_factory.mktemp("scores") / "alignment.parquet"
+    """Beside a teacher: the alignment scores of all runs, asked for once."""
+    folder = tmp_path_factory.mktemp("maple")
+    with_answers(embedded_teacher(), folder / "teacher")
+    return folder / "alignment.parquet"
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +48,13 @@ def few_photos(monkeypatch):
     monkeypatch.setattr(maple, "open_task", lambda config: few(full(config)))
 
 
+def settings(out: Path, scores: Path, **changes) -> dict:
+    given = {"out": str(out), "teacher": str(scores.parent / "teacher"), "alignment": str(scores)}
+    return {**SMALL, **given, **changes}
+
+
 def train(out: Path, scores: Path, **changes) -> Path:
-    return maple.train(MapleConfig(out=str(out), alignment=str(scores), **{**SMALL, **changes}))
+    return maple.train(MapleConfig(**settings(out, scores, **changes)))
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -97,7 +104,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path, scores):
 
 def test_two_processes_give_what_one_gives(tmp_path, scores):
     one = train(tmp_path / "one", scores, max_steps=2)
-    train_in_two_processes("maple", {**SMALL, "alignment": str(scores), "out": str(tmp_path / "two"), "max_steps": 2})
+    train_in_two_processes("maple", settings(tmp_path / "two", scores, max_steps=2))
     alone, shared = log_of(one), log_of(tmp_path / "two")
     assert len(alone) == len(shared) == 2
     for left, right in zip(alone, shared, strict=True):
