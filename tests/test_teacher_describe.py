@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fieldmark import cli
@@ -33,12 +32,7 @@ from test_teacher_align import photo
 PAIRS = [(0, 1), (0, 2), (1, 2), (3, 0)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

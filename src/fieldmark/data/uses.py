@@ -18,13 +18,11 @@ def uses_of(catalog: Dataset) -> dict[str, dict[str, str | None]]:
     train = [row for row in rows if row["split"] == "train"]
     test = [row for row in rows if row["split"] == "test"]
     labels = _pairs_missing(train)
-    titles = _titles_missing(train, "train")
     return {
         "methods": {
             "metric": labels,
             "saga": labels,
-            "maple": titles,
-            "afmrl": titles or _products_missing(train),
+            "maple": _titles_missing(train, "train"),
         },
         "metrics": {
             "recall@k, map@r": _answers_missing(test),
@@ -48,11 +46,6 @@ def _titles_missing(rows: list[dict[str, Any]], split: str) -> str | None:
     if titled and titled == len(rows):
         return None
     return f"it needs a title for every {split} photo; {titled} of {len(rows)} have one"
-
-
-def _products_missing(train: list[dict[str, Any]]) -> str | None:
-    counts = Counter(row["label"] for row in train if row["label"] is not None)
-    return None if any(count > 1 for count in counts.values()) else "it needs several photos of a product (label)"
 
 
 def _answers_missing(test: list[dict[str, Any]]) -> str | None:

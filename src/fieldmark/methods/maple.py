@@ -53,8 +53,8 @@ from fieldmark.losses.cached import CachedColumnsLoss
 from fieldmark.losses.expanded import Candidates, symmetric_contrastive
 from fieldmark.losses.preference import MapleTemperatures, maple_loss, relative_preference
 from fieldmark.methods.image_text_reporting import ImageTextWitness, write_image_text_report
-from fieldmark.methods.run import RunConfig, check_folder, checkpoint_to_resume, refuse, save_results
-from fieldmark.methods.trainer import FieldmarkTrainer, this_process, training_arguments
+from fieldmark.methods.run import RunConfig, check_folder, checkpoint_to_resume, refuse, run_arguments, save_results
+from fieldmark.methods.trainer import FieldmarkTrainer, this_process
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import build_student
 from fieldmark.students.dual_encoder import dual_encoder_student
@@ -452,17 +452,4 @@ def make_batches(config: MapleConfig, items: int) -> AnchorSteps:
 def make_arguments(config: MapleConfig, out: Path, batches: AnchorSteps) -> Any:
     """Learning rates of the adapters, and of tau and beta."""
     rate = config.temperature_learning_rate
-    return training_arguments(
-        out / "checkpoints",
-        seed=config.seed,
-        steps=batches.steps,
-        batch_size=batches.batch_size,
-        learning_rate=config.learning_rate,
-        learning_rates={r"temperatures": 100 * config.learning_rate if rate is None else rate},
-        weight_decay=config.weight_decay,
-        warmup=config.warmup,
-        save_steps=config.save_steps,
-        workers=config.workers,
-        bf16=config.precision == "bf16",
-        max_grad_norm=config.max_grad_norm,
-    )
+    return run_arguments(config, out, batches, {"temperatures": 100 * config.learning_rate if rate is None else rate})

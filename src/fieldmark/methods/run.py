@@ -49,8 +49,6 @@ class RunConfig(CatalogOptions):
         seed: of everything random.
         save_steps: steps between checkpoints, 0 for none.
         workers: processes that decode photos beside the training, 0 to decode in it.
-        fast_decode: decode JPEGs of at least twice the resolution at a fraction of their size: faster, with slightly
-            other pixels than the papers'.
         eval_batch_size: photos a batch when embedding.
         precision: fp32 or bf16 (autocast).
         resume: go on from the last checkpoint of `out`.
@@ -68,7 +66,6 @@ class RunConfig(CatalogOptions):
     seed: int = 0
     save_steps: int = 0
     workers: int = 0
-    fast_decode: bool = False
     eval_batch_size: int = 64
     precision: Literal["fp32", "bf16"] = "fp32"
     resume: bool = False
@@ -104,6 +101,8 @@ class TrainConfig(RunConfig):
         items_per_class: photos of each class in a micro-batch.
         pooler_learning_rate: of the pooler.
         proxy_learning_rate: of the proxies; null is 100 x `learning_rate` (Proxy Anchor's own recipe).
+        fast_decode: decode JPEGs of at least twice the resolution at a fraction of their size: faster, with slightly
+            other pixels than the papers'.
     """
 
     pooling: Literal["attention", "mean"] = "attention"
@@ -114,6 +113,7 @@ class TrainConfig(RunConfig):
     items_per_class: int = 4
     pooler_learning_rate: float = 1e-4
     proxy_learning_rate: float | None = None
+    fast_decode: bool = False
 
     def __post_init__(self) -> None:
         """Refuses numbers that no run could have."""
@@ -287,6 +287,18 @@ def make_arguments(config: TrainConfig, out: Path, batches: ClassBalancedSteps, 
         rates[r"^model\.1\."] = config.pooler_learning_rate
     if any(True for _ in loss.metric.parameters()):
         rates[r"^metric\."] = config.proxy_learning_rate or 100 * config.learning_rate
+    return run_arguments(config, out, batches, rates)
+
+
+def run_arguments(config: RunConfig, out: Path, batches: Any, rates: dict[str, float]) -> Any:
+    """The Hugging Face arguments of a run.
+
+    Args:
+        config: its settings.
+        out: run folder.
+        batches: its batch sampler, with `steps` and `batch_size`.
+        rates: learning rates of parameters by regular expression; `learning_rate` is that of all others.
+    """
     return training_arguments(
         out / "checkpoints",
         seed=config.seed,
