@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import interval, number, print_json, print_table, quiet_libraries
@@ -13,9 +14,13 @@ from fieldmark.errors import FieldmarkError
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
 
     from fieldmark.evaluation.confusions import ClassPair
     from fieldmark.evaluation.student import Evaluation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,6 +32,13 @@ class EvaluateOptions(CatalogOptions):
         split: part of the catalogue to measure on.
         batch_size: photos embedded at once.
         ks: depths k of recall@k, for example 1,10,100,1000.
+        query: what is searched with and for: image for photos alone, image+text for each photo together with its
+            title (a student made of a multimodal LLM takes both).
+        category: attribute that holds a product's category, for coarse retrieval; null takes `category` where there
+            is one.
+        downstream: also a linear probe, fitted to the train split, and k-means, both on categories.
+        clustering: k-means of as many clusters as labels; false leaves it out, since it takes hours for tens of
+            thousands of labels.
         groups: JSONL of groups (image_0, image_1, caption_0, caption_1) for an image-text student; null makes them of
             the catalogue.
         bad_files: CSV file to write the photos to that were skipped; their number is printed in any case.
@@ -37,6 +49,10 @@ class EvaluateOptions(CatalogOptions):
     split: Literal["train", "val", "test"] = "test"
     batch_size: int = 64
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    query: Literal["image", "image+text"] = "image"
+    category: str | None = None
+    downstream: bool = False
+    clustering: bool = True
     groups: str | None = None
     bad_files: str | None = None
     json: bool = False
@@ -53,7 +69,7 @@ def run(argv: list[str]) -> None:
         prog="fieldmark evaluate",
         description="Measures a student on a catalogue.",
         positional=("model",),
-        switches=("json",),
+        switches=("json", "downstream"),
     )
     positive("batch_size", options.batch_size)
     if not options.ks:
@@ -66,31 +82,25 @@ def run(argv: list[str]) -> None:
     from fieldmark.data.checks import write_bad_photos
     from fieldmark.data.groups import find_groups
     from fieldmark.evaluation.multimodal import evaluate_multimodal
-    from fieldmark.evaluation.student import evaluate_student, has_positives
     from fieldmark.students.items import is_multimodal
 
-    catalog, bad = read_catalog(options)
-    catalog = select_split(catalog, options.split)
+    whole, bad = read_catalog(options)
+    catalog = select_split(whole, options.split)
     bad = [one for one in bad if one.split == options.split]
     if options.bad_files is not None:
         write_bad_photos(bad, Path(options.bad_files))
     student = load_model(options.model)
     metrics: dict[str, float] = {"n_bad_photos": len(bad)} if options.bad_photos == "skip" else {}
-    intervals: dict[str, tuple[float, float]] = {}
-    more: dict[str, Any] = {}
     with_texts = is_multimodal(student) and any(catalog["title"])
-    # A photo's title finds it, whether or not another photo of its class does.
-    if not with_texts or (all(catalog["label"]) and has_positives(catalog)):
-        measured = evaluate_student(student, catalog, batch_size=options.batch_size, ks=options.ks)
-        metrics, intervals = measured.metrics | metrics, measured.intervals
-        more |= _confusions(measured, catalog)
+    measured = _photo_queries(options, student, whole, catalog, with_texts=with_texts)
+    metrics, intervals, more = measured.metrics | metrics, measured.intervals, measured.more
     if with_texts:
         groups = find_groups(options.data, catalog, options.groups)
         texts = evaluate_multimodal(student, catalog, groups, batch_size=options.batch_size)
         metrics, intervals = metrics | texts.metrics, intervals | texts.intervals
         more["groups_by_category"] = texts.by_category
     if options.json:
-        about = {"model": options.model, "data": options.data, "split": options.split}
+        about = {"model": options.model, "data": options.data, "split": options.split, "query": options.query}
         print_json({**about, **metrics, "intervals": intervals, **more})
         return
     rows = [(name, number(value, name), interval(intervals.get(name))) for name, value in metrics.items()]
@@ -99,6 +109,102 @@ def run(argv: list[str]) -> None:
     _print_pairs(more.get("hardest_class_pairs", []))
     _print_by_attributes(more.get("recall_by_differing_attributes", []))
     _print_categories(more.get("groups_by_category", {}))
+
+
+class _Measured(NamedTuple):
+    """Metrics, their intervals, and what else `--json` prints."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    more: dict[str, Any]
+
+
+def _photo_queries(
+    options: EvaluateOptions,
+    student: SentenceTransformer,
+    whole: datasets.Dataset,
+    catalog: datasets.Dataset,
+    *,
+    with_texts: bool,
+) -> _Measured:
+    """What photos (or photos with their titles) find: others of their label, of their category.
+
+    A catalogue with titles needs neither: a photo's title finds it, whether or not another photo of its class does.
+    """
+    from fieldmark.evaluation.products import KS, evaluate_products
+    from fieldmark.evaluation.student import evaluate_student, has_positives
+
+    categories, with_titles = _categories(options, catalog), options.query == "image+text"
+    labelled = all(catalog["label"]) and has_positives(catalog)
+    if labelled or not (with_texts or categories):
+        found = evaluate_student(
+            student, catalog, batch_size=options.batch_size, ks=options.ks, with_titles=with_titles,
+            clustering=options.clustering, neighbours=max(KS),
+        )  # fmt: skip
+        measured = _Measured(found.metrics, found.intervals, _confusions(found, catalog))
+        by_label, vectors = found.per_query, found.embeddings
+    elif categories:
+        measured, by_label, vectors = _Measured({}, {}, {}), None, _embed(options, student, catalog)
+    elif with_titles:
+        raise FieldmarkError(
+            "--query image+text was given for photos without another one of their label or category to find; leave it "
+            "out, or give a catalogue with several photos a label"
+        )
+    else:
+        return _Measured({}, {}, {})
+    if with_texts and not categories:
+        logger.warning("coarse retrieval is left out: no photo has an attribute 'category' (or --category NAME)")
+    if with_texts or categories:
+        products = evaluate_products(by_label, vectors, catalog, categories)
+        measured.metrics.update(products.metrics)
+        measured.intervals.update(products.intervals)
+    if options.downstream:
+        measured.metrics.update(_downstream(options, student, whole, vectors, categories or []))
+    return measured
+
+
+def _categories(options: EvaluateOptions, catalog: datasets.Dataset) -> list[str | None] | None:
+    """The photos' categories, where they have any; what --downstream needs is there."""
+    from fieldmark.evaluation.products import categories_of
+
+    categories = categories_of(catalog, options.category)
+    if options.downstream and categories is None:
+        raise FieldmarkError(
+            "--downstream was given, but no photo has an attribute 'category'; name the attribute by --category"
+        )
+    if options.downstream and options.split == "train":
+        raise FieldmarkError("--downstream fits a probe to the split train, which was to be measured; give another")
+    return categories
+
+
+def _downstream(
+    options: EvaluateOptions,
+    student: SentenceTransformer,
+    whole: datasets.Dataset,
+    vectors: np.ndarray,
+    categories: list[str | None],
+) -> dict[str, float]:
+    """A linear probe fitted to the train split, and k-means, both on categories."""
+    from fieldmark.data.catalog import select_split
+    from fieldmark.evaluation.probe import downstream_metrics
+    from fieldmark.evaluation.products import CATEGORY, categories_of
+
+    train = select_split(whole, "train")
+    known = categories_of(train, options.category or CATEGORY)
+    assert known is not None
+    return downstream_metrics(_embed(options, student, train), known, vectors, categories)
+
+
+def _embed(options: EvaluateOptions, student: SentenceTransformer, catalog: datasets.Dataset) -> np.ndarray:
+    """Vectors of a catalogue as --query says, with a progress bar."""
+    from fieldmark.evaluation.student import embed_catalog
+    from fieldmark.progress import JobProgress
+
+    with_titles = options.query == "image+text"
+    with JobProgress("embedding", len(catalog)) as job:
+        return embed_catalog(
+            student, catalog, batch_size=options.batch_size, with_titles=with_titles, progress=job.update
+        )
 
 
 def _confusions(measured: Evaluation, catalog: datasets.Dataset) -> dict[str, Any]:

@@ -17,9 +17,9 @@ class CatalogOptions:
 
     Attributes:
         data: source of the catalogue: aviary, a folder with one directory a class, a CSV, JSONL or Parquet file, a hub
-            id OWNER/NAME[@REVISION], a folder of save_to_disk, webdataset shards (wds:PATTERN or a .tar file), or a
-            public data set: grocery:DIR, cub:DIR, cars:DIR, aircraft:DIR, inat-aves:DIR, sop:DIR, inshop:DIR,
-            fashion:DIR.
+            id OWNER/NAME[@REVISION], a folder of save_to_disk, webdataset shards (wds:PATTERN or a .tar file),
+            products:FILE (a table with several photos a row), or a public data set: grocery:DIR, cub:DIR, cars:DIR,
+            aircraft:DIR, inat-aves:DIR, sop:DIR, inshop:DIR, fashion:DIR, abo:DIR, m5product:DIR.
         image_column: column of a table or hub data set that holds the photos, where it is not `image`.
         label_column: column of the class, where it is not `label`.
         title_column: column of the title, where it is not `title`.

@@ -16,11 +16,11 @@ from fieldmark.data.webdataset import read_shards, shards_of, tar_files
 from fieldmark.errors import FieldmarkError
 
 PHOTOS_PER_SPECIES = 20
-BENCHMARKS = ("cub", "cars", "aircraft", "inat-aves", "sop", "inshop", "fashion")
+BENCHMARKS = ("cub", "cars", "aircraft", "inat-aves", "sop", "inshop", "fashion", "abo", "m5product")
 CAPTIONED = ("coco", "flickr30k")
 SOURCES = (
     "aviary, a folder with one directory a class, a .csv, .tsv, .jsonl or .parquet file, a hub id OWNER/NAME, "
-    f"wds:PATTERN or NAME:DIR with one of grocery, {', '.join((*BENCHMARKS, *CAPTIONED))}"
+    f"products:FILE, wds:PATTERN or NAME:DIR with one of grocery, {', '.join((*BENCHMARKS, *CAPTIONED))}"
 )
 
 
@@ -66,6 +66,10 @@ def read_source(source: str, part: str, mapping: ColumnMap) -> Source:
 
         _no_columns(source, mapping)
         return Source(captions.READERS[prefix](Path(rest)))
+    if prefix == "products" and colon:
+        from fieldmark.data.products import read_products
+
+        return Source(read_products(Path(rest).absolute(), mapping))
     if prefix == "wds" and colon:
         return Source(read_shards(shards_of(rest), mapping, source))
     return _read_path(source, mapping)

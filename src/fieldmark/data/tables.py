@@ -29,18 +29,31 @@ def read_table(path: Path, mapping: ColumnMap) -> list[Row]:
     image path as written. A table with OML's columns is read as OML means it (see `_oml_records`), unless columns
     are named.
     """
-    if not path.is_file():
-        raise FieldmarkError(f"{path} is no file; expected a catalogue in CSV, JSONL or Parquet")
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        records = read_csv(path, known=(*COLUMNS, *mapping.columns.values(), *mapping.attributes))
-    else:
-        records = _read_jsonl(path) if suffix == ".jsonl" else _read_parquet(path)
-    names = list(dict.fromkeys(name for record in records for name in record))
+    records = read_records(path, mapping)
+    names = names_in(records)
     if not mapping and "image" not in names and set(OML_COLUMNS) <= set(names):
         records = _oml_records(records, path)
-        names = list(dict.fromkeys(name for record in records for name in record))
+        names = names_in(records)
     return rows_of(records, names, mapping, path.parent, str(path))
+
+
+def read_records(path: Path, mapping: ColumnMap) -> list[Row]:
+    """Records of a CSV, JSONL or Parquet file under the names that it gives its columns.
+
+    Raises:
+        FieldmarkError: no such file, another suffix, or a file that is not of its kind.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_file() or suffix not in TABLE_SUFFIXES:
+        raise FieldmarkError(f"{path} is no file that ends in {', '.join(TABLE_SUFFIXES)}; expected a catalogue in one")
+    if suffix in (".csv", ".tsv"):
+        return read_csv(path, known=(*COLUMNS, *mapping.columns.values(), *mapping.attributes))
+    return _read_jsonl(path) if suffix == ".jsonl" else _read_parquet(path)
+
+
+def names_in(records: list[Row]) -> list[str]:
+    """The columns of records, in the order in which they first appear."""
+    return list(dict.fromkeys(name for record in records for name in record))
 
 
 def read_csv(path: Path, *, known: Collection[str] = COLUMNS) -> list[Row]:

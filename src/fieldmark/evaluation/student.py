@@ -27,9 +27,10 @@ class Evaluation:
     """One student measured on one catalogue.
 
     Attributes:
-        metrics: means of retrieval and clustering.
+        metrics: means of retrieval and, unless it was left out, of clustering.
         embeddings: [N, D] float32, the vectors they were computed from, in the order of the catalogue.
-        per_query: what each query found, with its 8 nearest items; rows are those of the catalogue.
+        per_query: what each query found, with its nearest items (8 unless more were asked for); rows are those of the
+            catalogue.
         intervals: 95 % bootstrap interval over queries of each retrieval metric (`recall@k`, `map@r`, `r_precision`,
             `mrr`).
     """
@@ -45,10 +46,26 @@ def embed_catalog(
     catalog: datasets.Dataset,
     *,
     batch_size: int = 64,
+    with_titles: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Vectors of all photos of a catalogue, `[N, D]` float32, in its order; see `embed_photos`."""
-    return embed_photos(student, list(catalog["image"]), batch_size=batch_size, progress=progress)
+    """Vectors of all items of a catalogue, `[N, D]` float32, in its order.
+
+    Args:
+        student: the student.
+        catalog: photos and what is known of them.
+        batch_size: items at once.
+        with_titles: embed each photo together with its title; else photos alone, see `embed_photos`.
+        progress: called with the number of items done.
+
+    Raises:
+        FieldmarkError: with titles, the student does not embed a photo together with a text, or a title is missing.
+    """
+    photos = list(catalog["image"])
+    if not with_titles:
+        return embed_photos(student, photos, batch_size=batch_size, progress=progress)
+    report = progress or (lambda done: None)
+    return encode_items(student, images=photos, texts=list(catalog["title"]), batch_size=batch_size, progress=report)
 
 
 def embed_photos(
@@ -95,11 +112,24 @@ def evaluate_student(
     *,
     batch_size: int = 64,
     ks: Sequence[int] = (1, 2, 4, 8),
+    with_titles: bool = False,
+    clustering: bool = True,
+    neighbours: int = KEPT_NEIGHBOURS,
 ) -> Evaluation:
     """Retrieval (with the catalogue's roles) and clustering metrics of a student, with a progress bar.
 
+    Args:
+        student: the student.
+        catalog: labelled photos.
+        batch_size: items embedded at once.
+        ks: depths of recall@k.
+        with_titles: embed each photo together with its title, queries and gallery alike.
+        clustering: also k-means of as many clusters as labels; hours where there are tens of thousands.
+        neighbours: nearest items kept of each query.
+
     Raises:
-        FieldmarkError: a depth in `ks` is no whole number from 1, the catalogue is empty or has photos without label.
+        FieldmarkError: a depth in `ks` is no whole number from 1, the catalogue is empty or has photos without label,
+            or what `embed_catalog` says.
     """
     ks = checked_ks(ks)
     if len(catalog) == 0:
@@ -108,7 +138,9 @@ def evaluate_student(
     if any(label is None for label in labels):
         raise FieldmarkError("The catalogue has photos without a label; evaluation needs the class of each.")
     with JobProgress("measuring", len(catalog)) as job:
-        embeddings = embed_catalog(student, catalog, batch_size=batch_size, progress=job.update)
-    found = retrieval_per_query(embeddings, labels, roles=list(catalog["role"]), k=KEPT_NEIGHBOURS)
-    metrics = found.metrics(ks) | clustering_metrics(embeddings, labels)
+        embeddings = embed_catalog(
+            student, catalog, batch_size=batch_size, with_titles=with_titles, progress=job.update
+        )
+    found = retrieval_per_query(embeddings, labels, roles=list(catalog["role"]), k=neighbours)
+    metrics = found.metrics(ks) | (clustering_metrics(embeddings, labels) if clustering else {})
     return Evaluation(metrics, embeddings, found, bootstrap_intervals(found.values(ks)))
