@@ -6,6 +6,9 @@
 MAPLE tables 2 and 3 on a small scale: the student is the teacher's own checkpoint with LoRA, every row starts from the
 same weights, sees the same anchors for the same number of steps and shares one file of alignment scores. Finished runs
 are kept, a killed table goes on. Print it with `uv run fieldmark compare runs/maple/*-?`.
+
+A small teacher's states are no embedding yet, as a public model's already are in part. `--start_steps` makes one first:
+contrast alone on the *teacher's* items, which no row of the table trains on or is measured on; all rows start there.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from fieldmark.commands.console import quiet_libraries
 from fieldmark.data.catalog import load_catalog
 from fieldmark.methods import maple
 
+START_TRAIN, START_TEST, START_ANCHORS = 2400, 200, 48  # items of the teacher's part, anchors of a step
 CONTRAST: dict[str, Any] = {"preference": "none", "expanded": False}
 ROWS: dict[str, dict[str, Any]] = {
     "contrast": CONTRAST,
@@ -47,6 +51,8 @@ def main() -> None:
     parser.add_argument("--tag", default="", help="name of a variant")
     parser.add_argument("--train", type=int, help="training items at most, drawn by a fixed seed")
     parser.add_argument("--test", type=int, help="test items at most, likewise")
+    parser.add_argument("--start_steps", type=int, default=0, help="steps of contrast on the teacher's items before")
+    parser.add_argument("--start_rate", type=float, default=3e-3, help="their learning rate")
     parser.add_argument("--threads", type=int, default=1, help="two processes of one thread beat one of two")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -55,6 +61,7 @@ def main() -> None:
     data = arguments.data
     if arguments.train or arguments.test:
         data = str(subset(data, arguments.out / "catalog.jsonl", {"train": arguments.train, "test": arguments.test}))
+    student = start(arguments) if arguments.start_steps else None
     for seed in arguments.seeds:
         for name in arguments.only or ROWS:
             out = arguments.out / f"{name}{arguments.tag}-{seed}"
@@ -63,6 +70,7 @@ def main() -> None:
             settings: dict[str, Any] = {
                 "data": data,
                 "teacher": arguments.teacher,
+                "student": student,
                 "out": str(out),
                 "alignment": str(arguments.out / "alignment.parquet"),
                 "anchors_per_batch": arguments.anchors,
@@ -76,11 +84,39 @@ def main() -> None:
             maple.train(maple.MapleConfig(**settings | ROWS[name]))
 
 
+def start(arguments: argparse.Namespace) -> str:
+    """A student that contrast alone has made an embedder, on items of the teacher's part."""
+    out = arguments.out / "start"
+    if not (out / "metrics.json").exists():
+        rows = load_catalog(arguments.data, part="teacher")
+        split = np.where(np.random.default_rng(0).permutation(len(rows)) < START_TEST, "test", "train")
+        rows = rows.remove_columns("split").add_column("split", split.tolist())
+        table = write_subset(rows, arguments.out / "start.jsonl", {"train": START_TRAIN, "test": START_TEST})
+        settings: dict[str, Any] = {
+            "data": str(table),
+            "teacher": arguments.teacher,
+            "out": str(out),
+            "anchors_per_batch": START_ANCHORS,
+            "negatives": 0,
+            "lora_rank": 64,
+            "lora_alpha": 64,
+            "max_steps": arguments.start_steps,
+            "learning_rate": arguments.start_rate,
+            "temperature_learning_rate": 1e-2,
+            "precision": "bf16",
+            "resume": out.exists(),
+        }
+        maple.train(maple.MapleConfig(**settings | CONTRAST))
+    return str(out / "model")
+
+
 def subset(source: str, path: Path, most: dict[str, int | None]) -> Path:
     """A table of some rows of each split, the same at every call."""
-    if path.exists():
-        return path
-    rows = load_catalog(source)
+    return path if path.exists() else write_subset(load_catalog(source), path, most)
+
+
+def write_subset(rows: Any, path: Path, most: dict[str, int | None]) -> Path:
+    """At most `most` rows of each split, drawn by a fixed seed."""
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     left = dict(most)
     with path.with_suffix(".part").open("w", encoding="utf-8") as file:

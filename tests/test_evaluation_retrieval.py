@@ -137,6 +137,22 @@ def test_roles_leave_out_the_item_itself_by_its_id():
         assert found.nearest_wrong[row] == slow_wrong(rows, labels, query, searched)
 
 
+def test_queries_may_be_asked_with_other_vectors_than_they_are_found_by():
+    rows, asked = random_rows(36, 4, 0, distinct=7), random_rows(36, 4, 1)
+    labels = [i % 5 for i in range(36)]
+    roles = [("query", "both", "gallery", "both")[i % 4] for i in range(36)]
+    asking = [i for i in range(36) if roles[i] != "gallery"]
+    searched = [i for i in range(36) if roles[i] != "query"]
+    own = [searched.index(i) if i in searched else -1 for i in asking]
+    expected = slow_metrics(
+        asked[asking], [labels[i] for i in asking], rows[searched], [labels[i] for i in searched], own
+    )
+    found = retrieval_per_query(rows, labels, roles=roles, asked_with=asked)
+    assert found.metrics(KS) == pytest.approx(expected, abs=1e-12)
+    itself = retrieval_per_query(rows, labels, roles=roles, asked_with=rows)
+    assert itself.metrics(KS) == evaluate_retrieval(rows, labels, roles=roles, ks=KS)
+
+
 def slow_wrong(rows, labels, query, searched):
     """Row of the best item of another label, -1 where there is none."""
     own = searched.index(query) if query in searched else -1
@@ -330,6 +346,11 @@ BAD_INPUT = {
     ),
     "no positive": (lambda: retrieval_metrics(GOOD, [0, 1, 2, 3]), "none of the 4 queries"),
     "k of zero": (lambda: retrieval_metrics(GOOD, [0] * 4, ks=(0,)), "k 0 in ks"),
+    "asked with, no roles": (lambda: retrieval_per_query(GOOD, [0] * 4, asked_with=GOOD), "without roles"),
+    "asked with, too few": (
+        lambda: retrieval_per_query(GOOD, [0] * 4, roles=["both"] * 4, asked_with=GOOD[:3]),
+        r"shape \(3, 4\); expected \(4, 4\)",
+    ),
     "unknown role": (lambda: evaluate_retrieval(GOOD, [0] * 4, roles=["query", "both", "shop", "both"]), "'shop'"),
     "no gallery role": (lambda: evaluate_retrieval(GOOD, [0] * 4, roles=["query"] * 4), "role gallery"),
 }

@@ -14,7 +14,8 @@ from fieldmark.data.candidates import AnchorSteps, CandidateBatch, CandidateSets
 from fieldmark.errors import FieldmarkError
 from fieldmark.losses.preference import relative_preference
 from fieldmark.methods import maple
-from fieldmark.methods.maple import MapleConfig, MapleTrainer
+from fieldmark.methods.maple import MapleConfig
+from fieldmark.methods.trainer import AdapterTrainer
 from fieldmark.methods.quickstart import embedded_teacher
 from fieldmark.teacher.model import Teacher
 from helpers_cli import fails
@@ -63,7 +64,7 @@ def weights(out: Path) -> dict[str, Tensor]:
 
 def test_frozen_parts_are_bit_identical_and_adapters_and_temperatures_moved(tmp_path, scores, monkeypatch):
     seen: dict = {}
-    init, load = MapleTrainer.__init__, Teacher.load.__func__
+    init, load = AdapterTrainer.__init__, Teacher.load.__func__
 
     def loading(cls, *args, **kwargs):
         seen["teacher"] = load(cls, *args, **kwargs)
@@ -81,7 +82,7 @@ def test_frozen_parts_are_bit_identical_and_adapters_and_temperatures_moved(tmp_
 
     merge = maple.merge_lora
     monkeypatch.setattr(Teacher, "load", classmethod(loading))
-    monkeypatch.setattr(MapleTrainer, "__init__", starting)
+    monkeypatch.setattr(AdapterTrainer, "__init__", starting)
     monkeypatch.setattr(maple, "merge_lora", merging)
     train(tmp_path / "run", scores, max_steps=2)
     assert all(torch.equal(v, seen["before"][k]) for k, v in seen["teacher"].model.state_dict().items())
@@ -93,7 +94,7 @@ def test_frozen_parts_are_bit_identical_and_adapters_and_temperatures_moved(tmp_
 
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path, scores):
     whole = train(tmp_path / "whole", scores, max_steps=4, save_steps=2)
-    with killed_at(MapleTrainer, 3):
+    with killed_at(AdapterTrainer, 3):
         train(tmp_path / "killed", scores, max_steps=4, save_steps=2)
     resumed = train(tmp_path / "killed", scores, max_steps=4, save_steps=2, resume=True)
     logs = [[[record[key] for key in PARTS] for record in log_of(out)] for out in (whole, resumed)]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import TimmWrapperConfig, TimmWrapperModel
 
+from fieldmark.errors import FieldmarkError
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher.composed import make_composed
 from fieldmark.teacher.model import Teacher
@@ -50,6 +51,13 @@ def test_a_students_tower_gives_the_teachers_tokens(composed):
         tokens = tower(tower.preprocess(photos))["token_embeddings"]
     torch.testing.assert_close(tokens, teacher.visual_tokens(photos).tokens, atol=1e-5, rtol=1e-4)
     assert tower.token_dim == teacher.hidden_size == 16
+
+
+def test_the_resolution_it_has_may_be_asked_of_it_and_no_other(composed):
+    teacher = Teacher.load(composed)
+    assert torch.equal(teacher.visual_tokens([noise(6)], 64).tokens, teacher.visual_tokens([noise(6)]).tokens)
+    with pytest.raises(FieldmarkError, match="resolution 96 was asked .* fixes the size at 64 px"):
+        teacher.visual_tokens([noise(6)], 96)
 
 
 def test_batch_statistics_stay_and_everything_else_gets_a_gradient(composed):

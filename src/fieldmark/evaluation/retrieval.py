@@ -12,7 +12,7 @@ MAP@R is that of Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,7 @@ def retrieval_per_query(
     gallery: Any = None,
     gallery_labels: Any = None,
     roles: Sequence[str] | None = None,
+    asked_with: Any = None,
     k: int = 8,
     block_rows: int = 256,
     block_bytes: int = BLOCK_BYTES,
@@ -158,6 +159,8 @@ def retrieval_per_query(
         gallery_labels: N labels, with `gallery` only.
         roles: role of each row, without `gallery` only. `query`, `neighbours` and
             `nearest_wrong` then hold rows of `embeddings`.
+        asked_with: [Q, D], with `roles` only: what each row searches with, where that is not what it is found by (a
+            query whose text says more than the gallery's); rows that are no queries are not looked at.
         k: neighbours to keep per query (12 bytes each); 0 keeps none.
         block_rows: queries held at once; changes speed and memory, never the result.
         block_bytes: size of a block of scores; likewise.
@@ -170,7 +173,11 @@ def retrieval_per_query(
     """
     if k < 0:
         raise FieldmarkError(f"k is {k}; give 0 or more neighbours to keep")
+    if asked_with is not None and roles is None:
+        raise FieldmarkError("asked_with was given without roles; give the role of each row")
     task = _with_gallery(embeddings, labels, gallery, gallery_labels, roles)
+    if asked_with is not None:
+        task = _asked_with(task, asked_with, len(labels))
     scores = Scores(task.queries, task.gallery, task.own, block_rows=block_rows, block_bytes=block_bytes)
     result = _empty_result(task, k)
     depths = np.maximum(result.positives + 1, max(k, min(_LEAST_DEPTH, len(task.gallery))))
@@ -239,6 +246,15 @@ def _with_roles(embeddings: Any, labels: Any, roles: Any) -> _Task:
         gallery_numbers=searched,
         own=position[asking],
     )
+
+
+def _asked_with(task: _Task, vectors: Any, rows: int) -> _Task:
+    shape = tuple(np.shape(vectors))
+    if shape != (rows, task.gallery.dim):
+        raise FieldmarkError(
+            f"asked_with has shape {shape}; expected {(rows, task.gallery.dim)} as the embeddings have"
+        )
+    return replace(task, queries=Rows(vectors, "asked_with", index=task.query_numbers))
 
 
 def _empty_result(task: _Task, k: int) -> PerQuery:

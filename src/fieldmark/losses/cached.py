@@ -11,6 +11,7 @@ and averaging: here they get it in the backward pass, as the model's do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
@@ -18,7 +19,20 @@ from torch import Tensor, nn
 
 from fieldmark.errors import FieldmarkError
 
-ColumnsLoss = Callable[[list[Tensor], Tensor | None], Tensor]
+LossOfColumns = Callable[[list[Tensor], Any], Tensor]
+
+
+class ColumnsLoss(nn.Module):
+    """A loss over the embeddings of several columns, all of them embedded at once; see :class:`CachedColumnsLoss`."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, sentence_features: list[dict[str, Tensor]], labels: Any = None) -> Tensor:
+        columns = [self.model(features)["sentence_embedding"].float() for features in sentence_features]
+        with torch.autocast(columns[0].device.type, enabled=False):
+            return self.loss(columns, labels)
 
 
 class CachedColumnsLoss(CachedLossMixin, nn.Module):
@@ -37,7 +51,7 @@ class CachedColumnsLoss(CachedLossMixin, nn.Module):
         FieldmarkError: a sub-batch of less than one input.
     """
 
-    def __init__(self, model: nn.Module, loss: ColumnsLoss, mini_batch_size: int) -> None:
+    def __init__(self, model: nn.Module, loss: LossOfColumns, mini_batch_size: int) -> None:
         super().__init__()
         if mini_batch_size < 1:
             raise FieldmarkError(f"mini_batch_size is {mini_batch_size}; expected at least 1")

@@ -45,22 +45,22 @@ from fieldmark.data.checks import BadPhoto
 from fieldmark.data.groups import find_groups
 from fieldmark.data.mining import folded, hard_negatives, semdedup
 from fieldmark.data.options import read_catalog
-from fieldmark.data.photos import load_square
+from fieldmark.data.squares import Squares
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.multimodal import MultimodalEvaluation, evaluate_multimodal
 from fieldmark.evaluation.student import embed_photos
-from fieldmark.losses.cached import CachedColumnsLoss
+from fieldmark.losses.cached import CachedColumnsLoss, ColumnsLoss
 from fieldmark.losses.expanded import Candidates, symmetric_contrastive
 from fieldmark.losses.preference import MapleTemperatures, maple_loss, relative_preference
 from fieldmark.methods.image_text_reporting import ImageTextWitness, write_image_text_report
 from fieldmark.methods.run import RunConfig, check_folder, checkpoint_to_resume, refuse, run_arguments, save_results
-from fieldmark.methods.trainer import FieldmarkTrainer, this_process
+from fieldmark.methods.trainer import AdapterTrainer, this_process
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import build_student
 from fieldmark.students.dual_encoder import dual_encoder_student
 from fieldmark.students.frozen_tower import remembered_tower
 from fieldmark.students.items import photo_side, tokenize_items
-from fieldmark.students.lora import load_lora, merge_lora
+from fieldmark.students.lora import merge_lora
 from fieldmark.students.multimodal import build_multimodal_student
 from fieldmark.teacher.cache import photo_hash
 from fieldmark.teacher.describe import read_captions
@@ -186,19 +186,6 @@ class MapleObjective(nn.Module):
         return maple_loss(preference, contrast, config.preference_weight)
 
 
-class MapleLoss(nn.Module):
-    """A student's photos and texts under the objective."""
-
-    def __init__(self, model: SentenceTransformer, loss: MapleObjective) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, features: list[dict[str, Any]], labels: Any) -> Tensor:
-        columns = [self.model(one)["sentence_embedding"].float() for one in features]
-        with torch.autocast(columns[0].device.type, enabled=False):
-            return self.loss(columns, labels)
-
-
 class Collator:
     """Turns the anchors of a step into photos, texts, and what is known of them.
 
@@ -222,16 +209,14 @@ class Collator:
         memory_mb: int,
     ) -> None:
         self.student, self.sets, self.alignment, self.seed = student, sets, alignment, seed
-        self.side = photo_side(student)
-        self.room = memory_mb * 2**20 // (3 * self.side**2)
-        self.squares: dict[int, Any] = {}
+        self.squares = Squares(sets.photos, photo_side(student), memory_mb)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = CandidateBatch.of([row["item"] for row in rows], self.sets.negatives)
         step = int(rows[0]["step"])
         texts = [self.sets.text(item, seed=self.seed, step=step) for item in batch.items]
         columns = {
-            "photo": tokenize_items(self.student, images=[self._square(item) for item in batch.items]),
+            "photo": tokenize_items(self.student, images=[self.squares[item] for item in batch.items]),
             "text": tokenize_items(self.student, texts=texts),
         }
         labels = {
@@ -249,34 +234,6 @@ class Collator:
             )
         features = {f"{name}_{key}": value for name, found in columns.items() for key, value in found.items()}
         return {**features, "label": labels}
-
-    def _square(self, item: int) -> Any:
-        """A decoded photo; the first ones that fit into the memory stay."""
-        if item in self.squares:
-            return self.squares[item]
-        square = load_square(self.sets.photos[item], self.side)
-        if len(self.squares) < self.room:
-            self.squares[item] = square
-        return square
-
-
-class MapleTrainer(FieldmarkTrainer):
-    """Logs the parts of the loss beside it, and resumes adapters bit by bit."""
-
-    def __init__(self, *args: Any, objective: MapleObjective, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.objective: MapleObjective = objective
-
-    def load_student(self, folder: Path) -> None:
-        if (folder / "adapter_model.safetensors").exists():
-            load_lora(self.model, folder)
-        else:
-            super().load_student(folder)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
-        self.note(**self.objective.parts)
-        return loss
 
 
 def train(config: MapleConfig) -> Path:
@@ -306,11 +263,11 @@ def train(config: MapleConfig) -> Path:
         )  # fmt: skip
     # 6. Loss and training
     objective = MapleObjective(config)
-    loss: nn.Module = MapleLoss(student, objective)
+    loss: nn.Module = ColumnsLoss(student, objective)
     if config.mini_batch_size:
         loss = CachedColumnsLoss(student, objective, config.mini_batch_size)
     batches = make_batches(config, len(sets.photos))
-    trainer = MapleTrainer(
+    trainer = AdapterTrainer(
         model=student,
         args=make_arguments(config, out, batches),
         train_dataset=datasets.Dataset.from_dict(batches.table()),
@@ -375,7 +332,8 @@ def make_student(config: MapleConfig) -> SentenceTransformer:
 def mine(config: MapleConfig, student: SentenceTransformer, rows: datasets.Dataset) -> CandidateSets:
     """Items to train on: near duplicates dropped where asked for, K hard negatives each (MAPLE, section 3.1)."""
     photos = list(dict.fromkeys(rows["image"]))
-    features = photo_features(config, student, photos)
+    needed = config.negatives or config.dedup_clusters is not None
+    features = photo_features(config, student, photos) if needed else np.zeros((len(photos), 0), np.float32)
     place = {photo: i for i, photo in enumerate(photos)}
     kept = set(range(len(photos)))
     if config.dedup_clusters is not None:

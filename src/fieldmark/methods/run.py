@@ -33,19 +33,13 @@ CHANGEABLE = ("out", "resume", "workers", "eval_batch_size", "save_steps")
 
 
 @dataclass
-class RunConfig(CatalogOptions):
-    """Settings that every method has.
+class FolderConfig(CatalogOptions):
+    """Settings of everything that leaves a run folder.
 
     Attributes:
         out: run folder.
         student: checkpoint the student comes from (a folder or a hub id), or a trained student.
         resolution: side of the square photo in pixels.
-        epochs: passes over the training photos (papers.md 1.6: 3); `max_steps` wins where it is given.
-        max_steps: optimizer steps, or null.
-        learning_rate: of the tower, or of the adapters.
-        weight_decay: of AdamW.
-        warmup: share of steps with rising learning rate.
-        max_grad_norm: clip of the global gradient norm of the student.
         seed: of everything random.
         save_steps: steps between checkpoints, 0 for none.
         workers: processes that decode photos beside the training, 0 to decode in it.
@@ -57,12 +51,6 @@ class RunConfig(CatalogOptions):
     out: str
     student: str | None = None
     resolution: int = 224
-    epochs: float = 3.0
-    max_steps: int | None = None
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    max_grad_norm: float = 1.0
     seed: int = 0
     save_steps: int = 0
     workers: int = 0
@@ -72,8 +60,38 @@ class RunConfig(CatalogOptions):
 
     def __post_init__(self) -> None:
         """Refuses numbers that no run could have."""
-        refuse(self, ("learning_rate", "epochs", "max_steps", "eval_batch_size", "resolution"), above_zero=True)
-        refuse(self, ("weight_decay", "save_steps", "workers", "max_grad_norm", "warmup", "seed"))
+        refuse(self, ("eval_batch_size", "resolution"), above_zero=True)
+        refuse(self, ("save_steps", "workers", "seed"))
+
+
+FolderConfig.__doc__ = f"{CatalogOptions.__doc__}\n{FolderConfig.__doc__}"
+
+
+@dataclass
+class RunConfig(FolderConfig):
+    """Settings that every method has.
+
+    Attributes:
+        epochs: passes over the training photos (papers.md 1.6: 3); `max_steps` wins where it is given.
+        max_steps: optimizer steps, or null.
+        learning_rate: of the tower, or of the adapters.
+        weight_decay: of AdamW.
+        warmup: share of steps with rising learning rate.
+        max_grad_norm: clip of the global gradient norm of the student.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that no run could have."""
+        super().__post_init__()
+        refuse(self, ("learning_rate", "epochs", "max_steps"), above_zero=True)
+        refuse(self, ("weight_decay", "max_grad_norm", "warmup"))
 
 
 def refuse(config: Any, names: Sequence[str], *, above_zero: bool = False) -> None:
@@ -85,7 +103,7 @@ def refuse(config: Any, names: Sequence[str], *, above_zero: bool = False) -> No
             raise FieldmarkError(f"{name} is {value}; give {expected}.")
 
 
-RunConfig.__doc__ = f"{CatalogOptions.__doc__}\n{RunConfig.__doc__}"
+RunConfig.__doc__ = f"{FolderConfig.__doc__}\n{RunConfig.__doc__}"
 
 
 @dataclass
@@ -167,7 +185,7 @@ def _check_measurable(test: datasets.Dataset, source: str) -> None:
         )
 
 
-def check_folder(config: RunConfig, bad: list[BadPhoto]) -> Path:
+def check_folder(config: FolderConfig, bad: list[BadPhoto]) -> Path:
     """Makes the run folder, writes its `config.yaml` and the list of photos left out; a folder with a finished or
     other run is refused."""
     out = Path(config.out)
@@ -181,7 +199,7 @@ def check_folder(config: RunConfig, bad: list[BadPhoto]) -> Path:
     return out
 
 
-def _prepare_folder(config: RunConfig, out: Path) -> None:
+def _prepare_folder(config: FolderConfig, out: Path) -> None:
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise FieldmarkError(f"--out {out} is a file or lies in one; give a folder for the run.")
     if (out / "metrics.json").exists():
@@ -196,7 +214,7 @@ def _prepare_folder(config: RunConfig, out: Path) -> None:
     (out / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def _check_same_run(path: Path, config: RunConfig, settings: dict[str, Any]) -> None:
+def _check_same_run(path: Path, config: FolderConfig, settings: dict[str, Any]) -> None:
     """Refuses to go on with a run under other settings; a setting that its version did not have had the default."""
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))

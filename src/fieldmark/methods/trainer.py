@@ -23,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from fieldmark.data.batches import class_balanced_batch
 from fieldmark.data.checks import this_process as this_process
 from fieldmark.progress import JobProgress
+from fieldmark.students.lora import load_lora
 
 LOSS_STATE = "loss.safetensors"
 COMPLETE = "complete"
@@ -162,6 +163,25 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
     def load_student(self, folder: Path) -> None:
         """Puts a checkpoint's weights into the student."""
         super()._load_from_checkpoint(str(folder))
+
+
+class AdapterTrainer(FieldmarkTrainer):
+    """Trains adapters by an objective over columns (its `parts` are logged), and resumes them bit by bit."""
+
+    def __init__(self, *args: Any, objective: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective
+
+    def load_student(self, folder: Path) -> None:
+        if (folder / "adapter_model.safetensors").exists():
+            load_lora(self.model, folder)
+        else:
+            super().load_student(folder)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self.note(**self.objective.parts)
+        return loss
 
 
 def last_checkpoint(folder: Path) -> Path | None:

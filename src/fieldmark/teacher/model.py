@@ -177,15 +177,22 @@ class Teacher:
             torch.stack(list(features.pooler_output)), tuple(torch.stack(list(feature)) for feature in deepstack)
         )
 
+    def _own_side(self) -> int:
+        """Side in pixels of the photos of a tower of fixed size."""
+        own = getattr(self.model.config.vision_config, "image_size", None)
+        size: Any = self.processor.image_processor.size
+        own = own or size.get("height") or size["shortest_edge"]
+        return int(own if isinstance(own, int) else own[0])
+
     def _image_inputs(self, images: Sequence[Image.Image], resolution: int | None) -> dict[str, Tensor]:
         """Pixels as the tower takes them."""
         factor = self._pixels_per_token()
         photos = [open_photo(image) for image in images]
         options = dict(PROCESSOR_OPTIONS.get(self.model_type, {}))
-        if factor is None and resolution is not None:
+        if factor is None and resolution not in (None, self._own_side()):
             raise FieldmarkError(
-                f"resolution {resolution} was asked of a {self.model_type} teacher, whose processor fixes the size; "
-                "leave resolution out"
+                f"resolution {resolution} was asked of a {self.model_type} teacher, whose processor fixes the size at "
+                f"{self._own_side()} px; leave resolution out"
             )
         if factor is not None:
             side = resolution or DEFAULT_RESOLUTION
