@@ -15,8 +15,8 @@ from fieldmark.errors import FieldmarkError
 from fieldmark.losses.preference import relative_preference
 from fieldmark.methods import maple
 from fieldmark.methods.maple import MapleConfig
-from fieldmark.methods.trainer import AdapterTrainer
 from fieldmark.methods.quickstart import embedded_teacher
+from fieldmark.methods.trainer import AdapterTrainer
 from fieldmark.teacher.model import Teacher
 from helpers_cli import fails
 from helpers_tiny import with_answers

@@ -56,7 +56,7 @@ def test_a_students_tower_gives_the_teachers_tokens(composed):
 def test_the_resolution_it_has_may_be_asked_of_it_and_no_other(composed):
     teacher = Teacher.load(composed)
     assert torch.equal(teacher.visual_tokens([noise(6)], 64).tokens, teacher.visual_tokens([noise(6)]).tokens)
-    with pytest.raises(FieldmarkError, match="resolution 96 was asked .* fixes the size at 64 px"):
+    with pytest.raises(FieldmarkError, match=r"resolution 96 was asked .* fixes the size at 64 px"):
         teacher.visual_tokens([noise(6)], 96)
 
 

@@ -19,7 +19,9 @@ COMMANDS = {
     "train": "train a student by one of the methods",
     "evaluate": "measure a student on a catalogue",
     "embed": "write a student's vectors of a catalogue to a Parquet file",
-    "label": "ask a teacher about a catalogue once: alignment scores, comparative captions",
+    "index": "embed a catalogue into a store that is searched",
+    "search": "find items of a store by a photo, a text or both",
+    "label": "ask a teacher about a catalogue once: alignment scores, comparative captions, attributes",
     "build-teacher": "make a small teacher for a catalogue with attributes",
     "compare": "runs side by side: mean and spread over seeds",
     "doctor": "versions, devices, memory, and what is misconfigured",
@@ -27,10 +29,15 @@ COMMANDS = {
 # method -> what it is; its module is fieldmark.methods.NAME with `train(config)`, its settings the class named here
 METHODS = {
     "metric": ("MetricConfig", "a metric loss alone (the controls)"),
-    "maple": ("MapleConfig", "preferences of a frozen multimodal LLM for image-text embeddings, arXiv 2506.06970"),
     "saga": ("SagaConfig", "metric loss, policy gradient and attention of a frozen multimodal LLM, arXiv 2606.15134"),
+    "maple": ("MapleConfig", "preferences of a frozen multimodal LLM for image-text embeddings, arXiv 2506.06970"),
+    "afmrl": ("AfmrlConfig", "attributes and product retrieval that improve each other, arXiv 2604.20135"),
+    "generator": ("GeneratorConfig", "a stage of afmrl: the attribute generator's cold start from examples"),
+    "agcl": ("AgclConfig", "a stage of afmrl: attributes weight the negatives of an embedder"),
+    "rar": ("RarConfig", "a stage of afmrl: retrieval recall rewards the attribute generator"),
 }
 PROGRAM = "fieldmark"
+SEARCH_PACKAGES = ("lancedb", "fastapi", "gradio", "uvicorn", "prometheus_client", "multipart")  # the extra `search`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(arguments)
     except FieldmarkError as error:
         return _stop(one_sentence(error), 2)
+    except ModuleNotFoundError as error:
+        if error.name not in SEARCH_PACKAGES:
+            raise
+        return _stop(f'{error.name} is not installed; search needs `pip install "{PROGRAM}[search]"`.', 2)
     except OSError as error:
         return _stop(_file_trouble(error), 2)
     except KeyboardInterrupt as error:

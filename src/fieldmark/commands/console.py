@@ -15,7 +15,8 @@ from rich.table import Table
 
 SHOWN = (
     "recall@1", "recall@4", "map@r", "nmi", "i2t_recall@1", "t2i_recall@1", "text_score", "image_score", "group_score",
-    "gap_ratio",
+    "gap_ratio", "instance_recall@1", "instance_recall@10", "enriched_instance_recall@1", "enriched_instance_recall@10",
+    "reward", "valid", "value_accuracy", "tokens", "completion_length",
 )  # fmt: skip
 WIDTH_OF_A_FILE = 120
 
@@ -70,7 +71,7 @@ def quiet_libraries() -> None:
     huggingface_hub.utils.enable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    for name in ("sentence_transformers", "accelerate", "pytorch_metric_learning"):
+    for name in ("sentence_transformers", "accelerate", "pytorch_metric_learning", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

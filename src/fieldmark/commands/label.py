@@ -11,6 +11,7 @@ PROG = "fieldmark label"
 KINDS = {
     "align": "how well titles fit photos, as `train maple --alignment` reads it",
     "captions": "what tells look-alike photos apart, as `train maple --captions` reads it",
+    "attributes": "the few attributes that tell each item apart, as `train generator --examples` reads it",
 }
 
 

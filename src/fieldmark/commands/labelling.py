@@ -18,28 +18,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class LabelOptions(CatalogOptions):
+class AskOptions(CatalogOptions):
     """Arguments of every kind of labels.
 
     Attributes:
         teacher: folder or hub id of a multimodal LLM.
-        out: Parquet file of the answers; what it knows already is not asked again. The look-alikes are kept beside it
-            in a file that ends in .candidates.parquet, photos that were skipped in one that ends in .bad_files.csv.
+        out: Parquet file of the answers; what it knows already is not asked again. Photos that were skipped are listed
+            beside it in a file that ends in .bad_files.csv.
         split: part of the catalogue.
-        negatives: look-alikes of each photo, of another label and title.
-        mining: vision model whose embeddings find the look-alikes; null takes the teacher's own tower.
         teacher_dtype: precision of the teacher.
     """
 
     teacher: str
     out: str
     split: Literal["train", "val", "test"] = "train"
-    negatives: int = 3
-    mining: str | None = None
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-LabelOptions.__doc__ = f"{CatalogOptions.__doc__}\n{LabelOptions.__doc__}"
+AskOptions.__doc__ = f"{CatalogOptions.__doc__}\n{AskOptions.__doc__}"
+
+
+@dataclass(kw_only=True)
+class LabelOptions(AskOptions):
+    """Arguments of the kinds that compare photos with their look-alikes.
+
+    Attributes:
+        out: Parquet file of the answers; what it knows already is not asked again. The look-alikes are kept beside it
+            in a file that ends in .candidates.parquet, photos that were skipped in one that ends in .bad_files.csv.
+        negatives: look-alikes of each photo, of another label and title.
+        mining: vision model whose embeddings find the look-alikes; null takes the teacher's own tower.
+    """
+
+    negatives: int = 3
+    mining: str | None = None
+
+
+LabelOptions.__doc__ = f"{AskOptions.__doc__}\n{LabelOptions.__doc__}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ def check_out(name: str) -> Path:
     return out
 
 
-def read_items(options: LabelOptions, out: Path) -> LabelItems:
+def read_items(options: AskOptions, out: Path) -> LabelItems:
     """The photos of the chosen split.
 
     Raises:
@@ -90,7 +104,7 @@ def read_items(options: LabelOptions, out: Path) -> LabelItems:
     return LabelItems(list(titles), [list(own) for own in titles.values()], list(labels.values()))
 
 
-def load_teacher(options: LabelOptions) -> Teacher:
+def load_teacher(options: AskOptions) -> Teacher:
     """The teacher in the precision that was asked for, on the accelerator where there is one."""
     import torch
 

@@ -40,6 +40,10 @@ def run(argv: list[str]) -> None:
 def how_to_resume(out: Path) -> str:
     """What to do after Ctrl-C, in one sentence."""
     again = "the same command with --resume true"
+    stage = max(out.glob("[0-9]-*"), default=None)  # of a loop of several runs
+    if stage is not None:
+        name = stage.name.partition(".")[0]
+        return f"Interrupted; {again} goes on in the stage {name}, from its last checkpoint if it has one."
     if any(out.glob("checkpoints/checkpoint-*/complete")):
         return f"Interrupted; {again} goes on from the last checkpoint in {out / 'checkpoints'}."
     if not (out / "config.yaml").exists():
@@ -58,5 +62,6 @@ def show_run(out: Path) -> None:
         for name in SHOWN
         if name in before and name in after
     ]
-    print_table(f"{metrics['method']}, seed {metrics['seed']}", ("", "before", "after", "change"), rows)
+    if rows:
+        print_table(f"{metrics['method']}, seed {metrics['seed']}", ("", "before", "after", "change"), rows)
     console().print(f"{metrics['seconds']:.0f} s; the run: {out}", markup=False, highlight=False, soft_wrap=True)

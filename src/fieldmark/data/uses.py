@@ -23,6 +23,10 @@ def uses_of(catalog: Dataset) -> dict[str, dict[str, str | None]]:
             "metric": labels,
             "saga": labels,
             "maple": _titles_missing(train, "train"),
+            "afmrl": _titles_missing(train, "train")
+            or _titles_missing(test, "test")
+            or _products_missing(train)
+            or _answers_missing(test),
         },
         "metrics": {
             "recall@k, map@r": _answers_missing(test),
@@ -39,6 +43,14 @@ def _pairs_missing(train: list[dict[str, Any]]) -> str | None:
     if pairs >= 2:
         return None
     return f"it needs 2 train classes of 2 photos or more; there are {pairs}"
+
+
+def _products_missing(train: list[dict[str, Any]]) -> str | None:
+    counts = Counter(row["label"] for row in train)
+    if counts[None]:
+        known = len(train) - counts[None]
+        return f"it needs the product (label) of every train photo; {known} of {len(train)} have one"
+    return None if any(count > 1 for count in counts.values()) else "no train photo has another of its product (label)"
 
 
 def _titles_missing(rows: list[dict[str, Any]], split: str) -> str | None:

@@ -20,6 +20,13 @@ from markupsafe import Markup
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.group_results import GroupResults
 from fieldmark.evaluation.modality_gap import ModalityGap
+from fieldmark.evaluation.report_attributes import (
+    AttributeFindings,
+    answers_view,
+    enriched_view,
+    names_view,
+    negatives_view,
+)
 from fieldmark.evaluation.report_charts import HEIGHT, WIDTH, draw_chart
 from fieldmark.evaluation.report_image_text import (
     CandidateExample,
@@ -53,6 +60,7 @@ def write_report(
     table: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     curves: Mapping[str, Any] | None = None,
+    attributes: AttributeFindings | None = None,
     categories: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     groups: GroupResults | None = None,
     gaps: Mapping[str, ModalityGap] | None = None,
@@ -76,6 +84,7 @@ def write_report(
             `x_std` is shown as the spread of `x`.
         notes: sentences below the table, such as those of paired tests.
         curves: per chart a list of (step, value), or a mapping from series names to such lists.
+        attributes: what a generator's attributes bring, how they changed, and what they weigh.
         categories: model -> category of groups -> its `group_scores`, the last model's best ones come first.
         groups: what each test group scored with the teacher and the student, for plots of one against the other.
         gaps: `before` and `after` training: the student's modality gap.
@@ -109,6 +118,7 @@ def write_report(
     )
     template = environment.get_template("report.html.j2")
     script = _packaged("report.js")
+    named = attributes or AttributeFindings()
     fixed = {
         "style": Markup(_packaged("report.css")),
         "script": Markup(script),
@@ -120,6 +130,8 @@ def write_report(
         "notes": list(notes),
         "charts": _charts(curves or {}),
         "chart_size": (WIDTH, HEIGHT),
+        "enriched": enriched_view(named.enriched),
+        "changed_names": names_view(named.names),
         "categories": categories_view(categories or {}),
         "agreement": agreement_view(groups),
         "gap": gap_view(gaps or {}, groups),
@@ -130,6 +142,8 @@ def write_report(
     }
     for size in _SIZES:
         pictures = {
+            "two_answers": answers_view(named.answers, size),
+            "negatives": negatives_view(named.negatives, size),
             "candidates": candidates_view(candidates, size),
             "galleries": galleries_view(galleries, size),
             "confusions": confusions_view(confusions, size),

@@ -20,18 +20,28 @@ _METRIC_NAMES = {
     "image_score": "Image score",
     "group_score": "Group score",
 }
-_DIRECTIONS = {"i2t_": "Photo to text", "t2i_": "Text to photo"}
+_AT_K = {"recall@": "R@", "ndcg@": "NDCG@", "map@": "mAP@", "precision@": "P@"}
+_DIRECTIONS = {
+    "i2t_": "Photo to text",
+    "t2i_": "Text to photo",
+    "instance_": "Product",
+    "coarse_": "Category",
+}
 _LOWER_IS_BETTER = {"gap_ratio": "Modality gap"}
 
 
 def metric_name(key: str) -> str:
     """How a metric is headed: `recall@1` is R@1, `map@r` is MAP@R."""
-    if key.startswith("recall@"):
-        return "R@" + key.removeprefix("recall@")
+    named = _METRIC_NAMES | _LOWER_IS_BETTER
+    if key in named:
+        return named[key]
+    for start, name in _AT_K.items():
+        if key.startswith(start):
+            return name + key.removeprefix(start)
     for prefix, direction in _DIRECTIONS.items():
         if key.startswith(prefix):
             return f"{direction} {metric_name(key.removeprefix(prefix))}"
-    return (_METRIC_NAMES | _LOWER_IS_BETTER).get(key, key.replace("_", " "))
+    return key.replace("_", " ")
 
 
 def table_view(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -101,8 +111,9 @@ def facts_view(values: Mapping[str, Any], prefix: str = "") -> list[dict[str, st
 
 
 def _is_fraction(key: str) -> bool:
+    prefix = next((prefix for prefix in _DIRECTIONS if key.startswith(prefix)), "")
     return (
-        key.startswith(("recall@", "i2t_recall@", "t2i_recall@"))
+        key.removeprefix(prefix).startswith(tuple(_AT_K))
         or key in _METRIC_NAMES
         or key.endswith(("accuracy", "_share"))
     )
@@ -114,6 +125,10 @@ def _about(columns: list[str], values: Mapping[str, Any], counts: Mapping[str, s
     sentences = []
     if any(_is_fraction(key) for key in columns):
         sentences.append("Numbers are percentages; the best of a column is bold.")
+    if any(key.startswith("instance_") for key in columns):
+        sentences.append("Product: only an item of the query's own product is right.")
+    if any(key.startswith("coarse_") for key in columns):
+        sentences.append("Category: any item of its category is.")
     if any(spread is not None for _, spread, _ in parts):
         sentences.append("Behind ± stands the standard deviation over seeds.")
     if any(interval is not None for _, _, interval in parts):

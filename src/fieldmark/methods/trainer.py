@@ -93,8 +93,8 @@ class FieldmarkTrainer(SentenceTransformerTrainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if self.is_world_process_zero():
-            self.add_callback(_JsonLines(log_path))
-            self.add_callback(_Progress(description))
+            self.add_callback(JsonLines(log_path))
+            self.add_callback(StepProgress(description))
             print(what_is_trained(self.own_loss), file=sys.stderr)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -170,7 +170,7 @@ class AdapterTrainer(FieldmarkTrainer):
 
     def __init__(self, *args: Any, objective: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.objective = objective
+        self.objective: Any = objective
 
     def load_student(self, folder: Path) -> None:
         if (folder / "adapter_model.safetensors").exists():
@@ -249,7 +249,7 @@ def what_is_trained(loss: Any) -> str:
     return f"parameters trained: {trained}; frozen: {frozen}"
 
 
-class _JsonLines(TrainerCallback):
+class JsonLines(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -263,7 +263,7 @@ class _JsonLines(TrainerCallback):
             file.write(json.dumps(record) + "\n")
 
 
-class _Progress(TrainerCallback):
+class StepProgress(TrainerCallback):
     def __init__(self, description: str) -> None:
         self.description, self.note = description, ""
         self.job: JobProgress | None = None

@@ -35,6 +35,7 @@ from fieldmark.errors import FieldmarkError
 from fieldmark.progress import JobProgress
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher.align import ANSWERS, QUESTION
+from fieldmark.teacher.attributes import attribute_answer, load_schema
 from fieldmark.teacher.card import write_card
 from fieldmark.teacher.compare import Domain, answer_json, compare_prompt, domain_for_attributes
 from fieldmark.teacher.examine import AlignmentExamination, Examination, examine, examine_alignment
@@ -358,12 +359,15 @@ def _texts(
         for _ in range(20):
             yield compare_prompt(domain)
     if "align" in skills:
-        titles = list(catalog["title"])
-        texts = JudgedTexts(titles, [attributes[name] for name in _names(catalog)], rng)
+        titles, names, schema = list(catalog["title"]), _names(catalog), load_schema()
+        texts = JudgedTexts(titles, [attributes[name] for name in names], rng)
         for item in rng.permutation(len(titles))[:3000].tolist():
             for one in texts.draw(item, 3):
                 yield QUESTION.format(text=one.text)
             yield from ANSWERS
+            own = attributes[names[item]]
+            yield schema.ask(titles[item])
+            yield attribute_answer(list(own), own)
 
 
 def _spread(labels: np.ndarray, most: int, rng: np.random.Generator) -> list[int]:

@@ -1,0 +1,179 @@
+"""Kills `fieldmark index` at random moments and runs it again: is an item lost, doubled or half there?
+
+    uv run python benchmarks/index_faults.py
+
+One run without a kill is the reference: its rows, and how long it takes from the store's first file to its end. Then,
+for each kill, a run into a new store is killed (SIGKILL) at a moment drawn evenly from that time, the store is looked
+at, and the same command is run to its end. Rows must be those of the reference: after the kill some of them, after the
+second run all, each once, with the same vector, title and attributes. Exit code 1 if they are not.
+
+Each run is a fork of a process that has imported everything and used nothing, which saves the imports. Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fieldmark import cli
+from fieldmark.search import indexing
+from fieldmark.search.card import NAME
+from fieldmark.search.store import Store
+from fieldmark.students.build import build_student
+
+ROWS_A_WRITE = 8  # many writes, so that a kill often meets one
+
+
+def fork(work: Callable[[], Any], log: Path) -> int:
+    """Starts `work` in a process of its own, whose output goes to a file; its result is the exit code."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        indexing.ROWS_A_WRITE = ROWS_A_WRITE
+        code = int(work() or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def to_end(work: Callable[[], Any], log: Path) -> None:
+    """Runs `work` in a fork and waits; what it wrote is shown if it fails."""
+    _, status = os.waitpid(fork(work, log), 0)
+    if status:
+        raise SystemExit(f"a run that was not killed failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
+
+
+def make_student(folder: Path) -> None:
+    """An untrained student of the embedded teacher's tower."""
+    teacher = Path(str(resources.files("fieldmark.teacher") / "embedded"))
+    build_student(teacher, pooling="mean", resolution=64).save_pretrained(str(folder), create_model_card=False)
+
+
+def write_rows(store: Path, out: Path) -> None:
+    """What a store holds, as a file: a row of the table each, so that doubled ones are there twice."""
+    table = Store.open(store)._now().table.search().limit(None).to_arrow().sort_by("item_id")
+    rows = [
+        {name: row[name] for name in ("item_id", "title", "attributes", "photo_hash", "vector")}
+        for row in table.to_pylist()
+    ]
+    out.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def faults(found: list[dict[str, Any]], reference: dict[str, dict[str, Any]], *, all_there: bool) -> dict[str, int]:
+    """How many rows are doubled, differ from the reference, or are lost."""
+    names = [row["item_id"] for row in found]
+    differ = 0
+    for row in found:
+        right = reference.get(row["item_id"])
+        same = right is not None and all(row[name] == right[name] for name in ("title", "attributes", "photo_hash"))
+        differ += not (same and np.allclose(row["vector"], right["vector"], atol=1e-5))  # type: ignore[index]
+    lost = len(reference.keys() - set(names)) if all_there else 0
+    return {"doubled": len(names) - len(set(names)), "differ": differ, "lost": lost}
+
+
+def measure(model: str, data: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Kills and resumes; one entry a kill."""
+
+    def command(store: Path) -> Callable[[], int]:
+        argv = ["index", model, "--data", data, "--out", str(store), "--batch_size", str(ROWS_A_WRITE)]
+        return lambda: cli.main(argv)
+
+    def rows(store: Path) -> list[dict[str, Any]]:
+        if not (store / "items.lance").is_dir():
+            return []
+        to_end(lambda: write_rows(store, folder / "rows.json"), log)
+        return json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+
+    log, whole = folder / "log.txt", folder / "whole"
+    child = fork(command(whole), log)
+    begun = wait_for(whole / NAME, child)
+    _, status = os.waitpid(child, 0)
+    seconds = time.monotonic() - begun
+    if status:
+        raise SystemExit(f"the reference run failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    reference = {row["item_id"]: row for row in rows(whole)}
+    rng, results = random.Random(seed), []
+    for number in range(kills):
+        store, moment = folder / f"killed-{number}", rng.uniform(0, seconds)
+        child = fork(command(store), log)
+        wait_for(store / NAME, child)
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kept = rows(store)
+        after_kill = faults(kept, reference, all_there=False)
+        to_end(command(store), log)
+        after_all = faults(rows(store), reference, all_there=True)
+        results.append(
+            {
+                "second": round(moment, 3),
+                "killed": os.WIFSIGNALED(status),
+                "items_kept": len(kept),
+                "after_kill": after_kill,
+                "after_all": after_all,
+            }
+        )
+        print(f"kill {number + 1} of {kills} at {moment:.2f} s: {results[-1]}", file=sys.stderr, flush=True)
+    total = sum(sum(one[when].values()) for one in results for when in ("after_kill", "after_all"))
+    return {"items": len(reference), "seconds": round(seconds, 2), "faults": total, "kills": results}
+
+
+def wait_for(path: Path, child: int) -> float:
+    """When a file that the child makes was first seen."""
+    while not path.exists():
+        if os.waitpid(child, os.WNOHANG)[0]:
+            raise SystemExit(f"a run ended before it made {path}")
+        time.sleep(0.001)
+    return time.monotonic()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a student; an untrained one of the embedded teacher's tower if left out")
+    parser.add_argument("--data", default="aviary:1")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message="lancedb fork support is experimental")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if options.model is None:
+            to_end(lambda: make_student(folder / "student"), folder / "log.txt")
+        result = measure(options.model or str(folder / "student"), options.data, options.kills, options.seed, folder)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        interrupted = sum(one["killed"] for one in result["kills"])
+        print(
+            f"{result['items']} items in {result['seconds']} s; {interrupted} of {options.kills} runs killed before "
+            f"their end; rows lost, doubled or different: {result['faults']}"
+        )
+    sys.exit(1 if result["faults"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""A generator's attributes of a catalogue's items, through the cache: what `fieldmark label attributes` writes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from fieldmark.data.photos import PhotoRef
+from fieldmark.errors import FieldmarkError
+from fieldmark.teacher.attributes import AttributeSchema, parse_attributes
+from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, read_answers, teacher_fingerprint
+from fieldmark.teacher.model import Teacher
+from fieldmark.teacher.questions import Answer, ask_about_photos
+
+PATIENCE = 64  # answers, none of them valid, after which nothing better is to be expected
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("photo", "title", "answer", "think", "attributes")]
+    + [("valid", pa.bool_()), ("reason", pa.string()), ("n_tokens", pa.int32())]
+)
+Attributes = dict[str, str | list[str]]
+
+
+@dataclass(frozen=True)
+class AttributeLabels:
+    """Attributes of each item, and how many answers were none.
+
+    Attributes:
+        of: for each item its attributes, None where the answer was not valid.
+        answers: different items asked about.
+        invalid: number of answers by the reason why they are not valid; each is in the cache with its text.
+    """
+
+    of: list[Attributes | None]
+    answers: int
+    invalid: Counter[str]
+
+
+def attribute_cache(
+    path: Path,
+    teacher: Teacher,
+    schema: AttributeSchema,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    resolution: int | None = None,
+) -> AnswerCache:
+    """The cache of a generator's attributes; see :class:`AnswerCache` for what is refused."""
+    made_by = {
+        "answers": "attributes",
+        "teacher": teacher_fingerprint(teacher),
+        "precision": str(teacher.dtype).removeprefix("torch."),
+        "schema": asdict(schema),
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "resolution": resolution,
+    }
+    return AnswerCache(path, SCHEMA, made_by)
+
+
+def label_attributes(
+    teacher: Teacher,
+    photos: Sequence[PhotoRef],
+    titles: Sequence[str | None],
+    cache: AnswerCache,
+    schema: AttributeSchema,
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> AttributeLabels:
+    """Attributes of items; what the cache knows is not asked again.
+
+    Args:
+        teacher: the generator.
+        photos: a photo of each of B items.
+        titles: their titles, None where there is none.
+        cache: of `attribute_cache`, opened by the caller's `with`; its settings are used.
+        schema: the question; the one that the cache was made with.
+        batch_size: items asked about at once.
+        progress: called with the number of different items done.
+
+    Raises:
+        FieldmarkError: no items, a photo cannot be read, a question cannot be asked, or none of the answers (of the
+            first `PATIENCE`, where there are as many) is valid.
+    """
+    if not photos:
+        raise FieldmarkError("no item was given to ask about; give a catalogue with photos")
+    hashes = [photo_hash(photo) for photo in photos]
+    keys = [_key(own, title) for own, title in zip(hashes, titles, strict=True)]
+    first: dict[str, int] = {}  # the first item of each question
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    known = [key for key in first if key in cache]
+    waiting = [i for key, i in first.items() if key not in cache]
+    done, valid = len(known), sum(cache[key]["valid"] for key in known)
+    progress(done)
+    settings = cache.made_by
+    asked = ask_about_photos(
+        teacher,
+        [photos[i] for i in waiting],
+        [schema.ask(titles[i]) for i in waiting],
+        temperature=settings["temperature"],
+        max_new_tokens=settings["max_new_tokens"],
+        # Of its item and the seed alone, so that an answer does not depend on when it was asked for.
+        seeds=[int(keys[i][:12], 16) + settings["seed"] for i in waiting],
+        resolution=settings["resolution"],
+        batch_size=batch_size,
+    )
+    for batch in asked:
+        items = [(waiting[place], answer) for place, answer in batch]
+        rows = [_row(keys[i], hashes[i], titles[i], answer, schema) for i, answer in items]
+        cache.add(rows)
+        done, valid = done + len(rows), valid + sum(row["valid"] for row in rows)
+        progress(done)
+        if done >= PATIENCE and not valid:
+            break
+    if not valid:
+        raise _never_valid([cache[key] for key in first if key in cache])
+    invalid = Counter(cache[key]["reason"] for key in first if not cache[key]["valid"])
+    return AttributeLabels([_attributes(cache[key]) for key in keys], done, invalid)
+
+
+def read_attributes(path: Path) -> dict[tuple[str, str | None], Attributes]:
+    """The valid attributes that `fieldmark label attributes` wrote, by `photo_hash` and title (None for no title).
+
+    Raises:
+        FieldmarkError: the file cannot be read, is unfinished, or holds something else.
+    """
+    return {item: attributes for item, (_, attributes) in read_thoughts(path).items()}
+
+
+def read_thoughts(path: Path) -> dict[tuple[str, str | None], tuple[str, Attributes]]:
+    """As `read_attributes`, each with what the answer thought first.
+
+    Raises:
+        FieldmarkError: as `read_attributes`.
+    """
+    valid = [row for row in read_answers(path, "attributes") if row["valid"]]
+    return {(row["photo"], row["title"]): (row["think"], json.loads(row["attributes"])) for row in valid}
+
+
+def attributes_of(rows: datasets.Dataset, path: Path) -> list[Attributes | None]:
+    """Attributes of each row of a catalogue; None where they were not asked for, or the answer was not valid.
+
+    Raises:
+        FieldmarkError: as `read_attributes`; or the file has attributes of none of the rows.
+    """
+    known = read_attributes(path)
+    found = [known.get(item) for item in items_of(rows)]
+    if not any(found):
+        raise FieldmarkError(
+            f"{path} has attributes of none of the {len(rows)} items; give the file that `fieldmark label attributes` "
+            "wrote for this catalogue and split"
+        )
+    return found
+
+
+def items_of(rows: datasets.Dataset) -> list[tuple[str, str | None]]:
+    """What each row of a catalogue is known by here: `photo_hash` and title."""
+    return [(photo_hash(photo), title or None) for photo, title in zip(rows["image"], rows["title"], strict=True)]
+
+
+def _key(photo: str, title: str | None) -> str:
+    return answer_key(photo, title or "")
+
+
+def _row(key: str, photo: str, title: str | None, answer: Answer, schema: AttributeSchema) -> dict[str, Any]:
+    parsed = parse_attributes(answer.text, finished=answer.finished, schema=schema)
+    valid = parsed.attributes is not None
+    return {
+        "key": key,
+        "photo": photo,
+        "title": title or None,
+        "answer": answer.text,
+        "think": parsed.think,
+        "attributes": json.dumps(parsed.attributes, ensure_ascii=False) if valid else None,
+        "valid": valid,
+        "reason": parsed.reason,
+        "n_tokens": answer.tokens,
+    }
+
+
+def _attributes(row: dict[str, Any]) -> Attributes | None:
+    return json.loads(row["attributes"]) if row["valid"] else None
+
+
+def _never_valid(rows: Sequence[dict[str, Any]]) -> FieldmarkError:
+    reason, count = Counter(row["reason"] for row in rows).most_common(1)[0]
+    example = rows[0]["answer"]
+    return FieldmarkError(
+        f"none of the first {len(rows)} answers holds attributes ({count} of them: {reason}; the first: "
+        f"{example[:60]!r}); train the generator first (`fieldmark train generator`), give a larger --teacher, or "
+        "raise --max_new_tokens where answers are cut off"
+    )
