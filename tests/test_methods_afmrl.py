@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -196,7 +197,10 @@ def test_one_command_runs_all_stages(run):
         "attributes": True,
         "rl_attributes": True,
     }
-    answers = [read_attributes(run.out / f"{name}.parquet") for name in ("2-attributes", "5-rl_attributes")]
+    files = [run.out / f"{name}.parquet" for name in ("2-attributes", "5-rl_attributes")]
+    made_by = [json.loads(pq.read_schema(file).metadata[b"fieldmark"]) for file in files]
+    assert [one["resolution"] for one in made_by] == [SIDE, SIDE], "photos as the generator was trained on"
+    answers = [read_attributes(file) for file in files]
     assert all(len(found) > TRAIN for found in answers), "valid answers about both splits"
     assert answers[0] != answers[1]
 
@@ -242,17 +246,17 @@ def killed_while_asking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @contextmanager
-def killed_before(monkeypatch: pytest.MonkeyPatch, stage: str) -> Iterator[None]:
-    """A run inside the block ends between that stage of attributes and the one before it."""
-    asking = afmrl.ask
+def killed_before(monkeypatch: pytest.MonkeyPatch, name: str, *first: Any) -> Iterator[None]:
+    """A run inside the block ends where that part of the loop begins (of its calls, the one with these words)."""
+    whole = getattr(afmrl, name)
 
-    def asked(stages, name):
-        if name == stage:
+    def dying(*args):
+        if all(word in args[1:] for word in first):
             raise Killed
-        asking(stages, name)
+        return whole(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(afmrl, "ask", asked)
+        patch.setattr(afmrl, name, dying)
         with pytest.raises(Killed):
             yield
 
@@ -269,9 +273,10 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(run, place, tmp_pa
         "2-attributes": killed_while_asking(monkeypatch),
         "3-agcl": killed_at(AdapterTrainer, 2),
         "4-rar": killed_at(RarTrainer, 2),
-        "before 5": killed_before(monkeypatch, "rl_attributes"),
+        "before 5": killed_before(monkeypatch, "ask", "rl_attributes"),
         "5-rl_attributes": killed_while_asking(monkeypatch),
         "6-cit": killed_at(AdapterTrainer, 1),
+        "before the report": killed_before(monkeypatch, "write_afmrl_report"),
     }
     for where, killed in kills.items():
         with killed:
@@ -281,7 +286,7 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(run, place, tmp_pa
         finished = [*out.glob("?-*/metrics.json"), *out.glob("?-*.json")]
         done |= {path: done.get(path, path.stat().st_mtime_ns) for path in finished}
     train(place, out, resume=True)
-    assert len(done) == 5
+    assert len(done) == 6
     assert {path: path.stat().st_mtime_ns for path in done} == done, "no finished stage was run again"
     assert metrics_of(out)["ladder"] == metrics_of(run.out)["ladder"]
     for stage in ("1-generator", "3-agcl", "4-rar", "6-cit", "."):

@@ -208,10 +208,12 @@ def train(config: AfmrlConfig) -> Path:
         steps[stage]()
         clear_device_cache(garbage_collection=True)  # models of a stage lie in cycles, and the next one needs the room
         this_process().wait_for_everyone()  # the main process alone writes
-    # 7. The table of all stages, the last embedder, the report
+    # 7. The last embedder, the report, and the table of all stages, which says that the run has ended
     if this_process().is_main_process:
-        write_results(stages, wanted, started)
-        write_afmrl_report(stages, wanted)
+        copy_embedder(stages, wanted)
+        results = find_results(stages, wanted, started)
+        write_afmrl_report(stages, wanted, results)
+        write_json(out / "metrics.json", results)
     return out
 
 
@@ -312,20 +314,24 @@ def name_attributes(stages: Stages, stage: str) -> dict[str, Any]:
     }
 
 
-def write_results(stages: Stages, wanted: Sequence[str], started: float) -> None:
-    """`metrics.json` with the ladder, and `model/`, a copy of the last embedder."""
-    out, ladder = stages.out, find_ladder(stages, wanted)
+def copy_embedder(stages: Stages, wanted: Sequence[str]) -> None:
+    """`model/`, a copy of the last embedder."""
     last = next((stage for stage in ("cit", "agcl") if stage in wanted), None)
     if last is not None:
-        shutil.rmtree(out / "model", ignore_errors=True)  # of a run that ended earlier
-        shutil.copytree(stages.folder(last) / "model", out / "model")
+        shutil.rmtree(stages.out / "model", ignore_errors=True)  # of a run that ended earlier
+        shutil.copytree(stages.folder(last) / "model", stages.out / "model")
+
+
+def find_results(stages: Stages, wanted: Sequence[str], started: float) -> dict[str, Any]:
+    """What `metrics.json` holds: the ladder, and what enriched queries cost."""
+    ladder = find_ladder(stages, wanted)
     asked = {
         stage: read_json(stages.file(stage).with_suffix(".json"))["seconds_per_item"]
         for stage in ("attributes", "rl_attributes")
         if stage in wanted
     }
     ends = list(ladder.values()) or [{"metrics": {}, "intervals": {}}]
-    results = {
+    return {
         "method": "afmrl",
         "seed": stages.config.seed,
         "before": ends[0]["metrics"],
@@ -336,7 +342,6 @@ def write_results(stages: Stages, wanted: Sequence[str], started: float) -> None
         "seconds_per_query": asked,
         "seconds": round(time.time() - started, 1),
     }
-    write_json(out / "metrics.json", results)
 
 
 def find_ladder(stages: Stages, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -44,27 +44,27 @@ _ANSWERS = 6
 Thoughts = Mapping[tuple[str, str | None], tuple[str, Attributes]]
 
 
-def write_afmrl_report(stages: Stages, wanted: Sequence[str]) -> None:
+def write_afmrl_report(stages: Stages, wanted: Sequence[str], results: Mapping[str, Any]) -> None:
     """Writes `report.html` of a loop that has ended; stages that were not run are left out.
 
     Args:
         stages: where they lie, and their settings.
         wanted: those that were run.
+        results: what `metrics.json` will hold.
     """
-    metrics = json.loads((stages.out / "metrics.json").read_text(encoding="utf-8"))
     runs = {stage: FinishedRun.read(stages.folder(stage)) for stage in wanted if stage not in GENERATORS}
     asked = {stage: _numbers(stages.file(stage)) for stage in wanted if stage in GENERATORS}
     write_report(
         stages.out / "report.html",
         title=f"AFMRL on {stages.config.data}",
-        subtitle=summary(metrics, runs),
+        subtitle=summary(results, runs),
         table=[
-            {"model": words_of(name), **_cells(values, metrics["ladder_intervals"][name])}
-            for name, values in metrics["ladder"].items()
+            {"model": words_of(name), **_cells(values, results["ladder_intervals"][name])}
+            for name, values in results["ladder"].items()
         ],
         notes=notes(runs),
         curves=charts(runs),
-        attributes=find(stages, wanted, metrics["ladder"], asked),
+        attributes=find(stages, wanted, results["ladder"], asked),
         health=health(runs, asked),
         settings={name: value for name, value in asdict(stages.config).items() if name != "resume"},
         cost=cost(runs, asked),
@@ -76,7 +76,7 @@ def words_of(rung: str) -> str:
     return rung.replace("agcl", "AGCL")
 
 
-def summary(metrics: Mapping[str, Any], runs: Mapping[str, FinishedRun]) -> str:
+def summary(results: Mapping[str, Any], runs: Mapping[str, FinishedRun]) -> str:
     """What was trained, and what came out, in words."""
     names = {"generator": "the generator's cold start", "agcl": "AGCL", "rar": "RAR", "cit": "CIT"}
     steps = [
@@ -84,9 +84,9 @@ def summary(metrics: Mapping[str, Any], runs: Mapping[str, FinishedRun]) -> str:
         for stage, name in names.items()
         if stage in runs
     ]
-    said = f"Stages that train: {', '.join(steps) or 'none'}; seed {metrics['seed']}."
+    said = f"Stages that train: {', '.join(steps) or 'none'}; seed {results['seed']}."
     reached = [
-        f"{percent(values[R1])} % with {_embedder(name)}" for name, values in metrics["ladder"].items() if R1 in values
+        f"{percent(values[R1])} % with {_embedder(name)}" for name, values in results["ladder"].items() if R1 in values
     ]
     if not reached:
         return said

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 from starlette.responses import JSONResponse
 
 ERROR_TYPES = {
@@ -12,6 +12,18 @@ ERROR_TYPES = {
     405: "invalid_request_error", 408: "timeout_error", 413: "request_too_large", 422: "invalid_request_error",
     429: "rate_limit_error", 500: "server_error", 503: "overloaded_error",
 }  # fmt: skip
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("expected whole characters, and half of one (a lone surrogate) was given") from error
+    return text
+
+
+# A text that a client gives: JSON, and some encodings of forms, can name what no one can write.
+Words = Annotated[str, AfterValidator(_whole)]
 
 
 class Error(BaseModel):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from fieldmark.errors import FieldmarkError
+from fieldmark.search.answers import Words
 from fieldmark.search.uploads import DATA_URL, from_data_url
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ MAX_INPUTS, MAX_TEXT = 256, 8192
 class EmbeddingsRequest(BaseModel):
     """What is to be embedded."""
 
-    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
+    input: Words | Annotated[list[Words], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
         description="A text or a list of texts, where the student embeds texts. An input that begins with "
         "`data:image/` is a photo (data:image/jpeg;base64,...), which OpenAI's service does not take."
     )
-    model: str = Field(description="The student's name (see /about).")
+    model: Words = Field(description="The student's name (see /about).")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
     dimensions: int | None = Field(None, description="Accepted where it is the student's own number.")
     user: str | None = None

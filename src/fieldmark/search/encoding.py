@@ -53,7 +53,8 @@ class Encoder:
         self.student, self.texts = student, is_multimodal(student)
         self.reader = PhotoReader(student)
         self.has_attention = not self.texts and _looks_in_a_grid(student)
-        self._reserved: list[str] = list(student.tokenizer.all_special_tokens) if self.texts else []
+        special: list[str] = student.tokenizer.all_special_tokens if self.texts else []
+        self._reserved = [token for token in special if len(token) > 1]  # some CLIP checkpoints pad with "!"
 
     def check(self, text: str | None) -> None:
         """Refuses a text that the student does not take.

@@ -26,6 +26,7 @@ from fieldmark.search.answers import (
     Result,
     SearchAnswer,
     Value,
+    Words,
 )
 from fieldmark.search.filters import MAX_LENGTH
 from fieldmark.search.limits import ServiceSettings
@@ -41,7 +42,7 @@ MAX_K, MAX_IDS, MAX_TEXT, MAX_EXAMPLES = 200, 100, 2000, 24
 SHOWN_VALUES = 100
 
 K = Annotated[int, Query(ge=1, le=MAX_K, description="Items wanted.")]
-Where = Annotated[str | None, Query(max_length=MAX_LENGTH, description="Condition, such as colour = 'red'.")]
+Where = Annotated[Words | None, Query(max_length=MAX_LENGTH, description="Condition, such as colour = 'red'.")]
 
 
 def search_router(service: Service) -> APIRouter:
@@ -56,11 +57,11 @@ def search_router(service: Service) -> APIRouter:
             Form(max_length=MAX_TEXT, description="Where a photo is on the web, if the service fetches any."),
         ] = None,
         text: Annotated[
-            str | None, Form(max_length=MAX_TEXT, description="A text; with a photo, both are one query.")
+            Words | None, Form(max_length=MAX_TEXT, description="A text; with a photo, both are one query.")
         ] = None,
         k: Annotated[int, Form(ge=1, le=MAX_K, description="Items wanted.")] = 10,
         where: Annotated[
-            str | None, Form(max_length=MAX_LENGTH, description="Condition on items, such as colour = 'red'.")
+            Words | None, Form(max_length=MAX_LENGTH, description="Condition on items, such as colour = 'red'.")
         ] = None,
         hybrid: Annotated[
             bool,

@@ -188,9 +188,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
-        return error_answer(422, f"{where}: {first['msg']}.")
+        first = error.errors()[0]  # loc: where it was (query, body, ...), its name, what of it
+        return error_answer(422, f"{(first['loc'][1:] or first['loc'])[0]}: {first['msg']}.")
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

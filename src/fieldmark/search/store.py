@@ -136,7 +136,7 @@ class Store:
                 fusion.
 
         Returns:
-            At most k items, best first; equal cosines are ordered by item_id.
+            At most k items, best first; equal cosines are ordered by item_id where the vectors are in memory.
 
         Raises:
             FieldmarkError: the vector is of another size or no direction, the filter is wrong, or the store is empty.
