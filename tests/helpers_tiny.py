@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     CLIPImageProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -176,15 +174,3 @@ def _spread(model: torch.nn.Module) -> None:
             parameter.mul_(12.0 if "lm_head" in name else 1.0 if "projector" in name else 8.0)
         elif name.endswith("bias"):
             parameter.normal_(0.0, 0.1)
-
-
-def with_answers(source: str | Path, folder: str | Path) -> Path:
-    """A copy of a teacher whose tokenizer knows Yes and No as single tokens: it judges texts, by chance."""
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(source)
-    processor.tokenizer.add_tokens(["Yes", "No"])
-    torch.manual_seed(1)
-    model.resize_token_embeddings(len(processor.tokenizer))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return Path(folder)

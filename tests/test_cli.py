@@ -107,7 +107,7 @@ USAGE = [
     ([], "No command was given; choose one of quickstart, inspect, train"),
     (["trian"], "did you mean train?"),
     (["--max_steps", "3"], "Unknown command '--max_steps'"),
-    (["train"], "No method was given; choose one of metric, maple, saga"),
+    (["train"], "No method was given; choose one of metric, saga, maple, afmrl"),
     (["train", "sage"], "did you mean saga?"),
     (["train", "metric"], "--data, --out are missing"),
     (["train", "metric", "--data", "d"], "--out is missing"),
@@ -599,7 +599,7 @@ def test_documented_python_runs(house, tmp_path, monkeypatch):
     (tmp_path / "runs" / "first").symlink_to(house / "run")
     Image.new("RGB", (50, 40), "teal").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    blocks = documented("python")
+    blocks = [(file, block) for file, block in documented("python") if file != "rar.md"]  # test_methods_rar runs that
     assert blocks
     for _, block in blocks:
         names: dict = {}

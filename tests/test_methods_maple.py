@@ -19,7 +19,6 @@ from fieldmark.methods.quickstart import embedded_teacher
 from fieldmark.methods.trainer import AdapterTrainer
 from fieldmark.teacher.model import Teacher
 from helpers_cli import fails
-from helpers_tiny import with_answers
 from helpers_training import few, killed_at, log_of, train_in_two_processes
 
 SMALL = {
@@ -37,10 +36,8 @@ PARTS = ("loss", "loss/contrast", "loss/preference", "grad_norm/adapters", "tau"
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory) -> Path:
-    """Beside a teacher: the alignment scores of all runs, asked for once."""
-    folder = tmp_path_factory.mktemp("maple")
-    with_answers(embedded_teacher(), folder / "teacher")
-    return folder / "alignment.parquet"
+    """The alignment scores of all runs, asked for once."""
+    return tmp_path_factory.mktemp("maple") / "alignment.parquet"
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +47,7 @@ def few_photos(monkeypatch):
 
 
 def settings(out: Path, scores: Path, **changes) -> dict:
-    given = {"out": str(out), "teacher": str(scores.parent / "teacher"), "alignment": str(scores)}
+    given = {"out": str(out), "teacher": str(embedded_teacher()), "alignment": str(scores)}
     return {**SMALL, **given, **changes}
 
 

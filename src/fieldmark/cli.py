@@ -21,6 +21,7 @@ COMMANDS = {
     "embed": "write a student's vectors of a catalogue to a Parquet file",
     "index": "embed a catalogue into a store that is searched",
     "search": "find items of a store by a photo, a text or both",
+    "serve": "answer searches of a store over HTTP, with a page",
     "label": "ask a teacher about a catalogue once: alignment scores, comparative captions, attributes",
     "build-teacher": "make a small teacher for a catalogue with attributes",
     "compare": "runs side by side: mean and spread over seeds",
