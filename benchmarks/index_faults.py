@@ -2,11 +2,11 @@
 
     uv run python benchmarks/index_faults.py
 
-One run without a kill is the reference: its rows, and how long it takes from the store's first file to its end. Then,
-for each kill, a run into a new store is killed (SIGKILL) at a moment drawn evenly from that time, the store is looked
-at, and the same command is run to its end. A run that ended before its moment does not count. Rows must be those of the
-reference: after the kill some of them, after the second run all, each once, with the same vector, title and attributes.
-Exit code 1 if they are not.
+One run without a kill is the reference: its rows, and how many versions of the table it makes (a write each, and those
+of the indexes). Then, for each kill, a run into a new store is killed (SIGKILL) up to a fifth of a second after one of
+these versions, drawn at random, the store is looked at, and the same command is run to its end. A run that ended before
+its kill does not count. Rows must be those of the reference: after the kill some of them, after the second run all,
+each once, with the same vector, title and attributes. Exit code 1 if they are not.
 
 Each run is a fork of a process that has imported everything and used nothing, which saves the imports. Linux and macOS.
 """
@@ -38,6 +38,7 @@ from fieldmark.search.store import Store
 from fieldmark.students.build import build_student
 
 ROWS_A_WRITE = 8  # many writes, so that a kill often meets one
+LONGEST_DELAY = 0.2  # seconds
 
 
 def fork(work: Callable[[], Any], log: Path) -> int:
@@ -104,29 +105,25 @@ def measure(model: str, data: str, kills: int, seed: int, folder: Path) -> dict[
         return lambda: cli.main(argv)
 
     def rows(store: Path) -> list[dict[str, Any]]:
-        if not any((store / "items.lance").rglob("*.manifest")):
+        if not versions(store):
             return []
         to_end(lambda: write_rows(store, folder / "rows.json"), log)
         return json.loads((folder / "rows.json").read_text(encoding="utf-8"))
 
     log, whole = folder / "log.txt", folder / "whole"
-    child = fork(command(whole), log)
-    begun = wait_for(whole / NAME, child)
-    _, status = os.waitpid(child, 0)
-    seconds = time.monotonic() - begun
-    if status:
-        raise SystemExit(f"the reference run failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    to_end(command(whole), log)
+    made = versions(whole)
     reference = {row["item_id"]: row for row in rows(whole)}
     rng, results = random.Random(seed), []
     while len(results) < kills:
-        store, moment = folder / "killed", rng.uniform(0, seconds)
+        store, version, delay = folder / "killed", rng.randrange(made), rng.uniform(0, LONGEST_DELAY)
         shutil.rmtree(store, ignore_errors=True)
         child = fork(command(store), log)
-        wait_for(store / NAME, child)
-        time.sleep(moment)
+        if wait_for(lambda store=store, version=version: (store / NAME).exists() and versions(store) >= version, child):
+            continue
+        time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-            seconds = moment  # it had ended: the machine is less busy now
             continue
         kept = rows(store)
         after_kill = faults(kept, reference, all_there=False)
@@ -134,7 +131,8 @@ def measure(model: str, data: str, kills: int, seed: int, folder: Path) -> dict[
         after_all = faults(rows(store), reference, all_there=True)
         results.append(
             {
-                "second": round(moment, 3),
+                "version": version,
+                "delay": round(delay, 3),
                 "items_kept": len(kept),
                 "after_kill": after_kill,
                 "after_all": after_all,
@@ -145,13 +143,18 @@ def measure(model: str, data: str, kills: int, seed: int, folder: Path) -> dict[
     return {"items": len(reference), "faults": total, "kills": results}
 
 
-def wait_for(path: Path, child: int) -> float:
-    """When a file that the child makes was first seen."""
-    while not path.exists():
+def versions(store: Path) -> int:
+    """Versions of the table that were finished."""
+    return sum(1 for _ in (store / "items.lance").rglob("*.manifest"))
+
+
+def wait_for(state: Callable[[], bool], child: int) -> bool:
+    """Waits until it is so; whether the child ended before."""
+    while not state():
         if os.waitpid(child, os.WNOHANG)[0]:
-            raise SystemExit(f"a run ended before it made {path}")
+            return True
         time.sleep(0.001)
-    return time.monotonic()
+    return False
 
 
 def main() -> None:

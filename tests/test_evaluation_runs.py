@@ -211,6 +211,24 @@ def test_an_older_run_is_named_and_the_rest_goes_on(capsys, runs, tmp_path):
     assert line == f"No intervals and no paired test for {runs[1]}, which has no per_query.parquet (older runs)."
 
 
+def test_runs_of_products_are_compared_by_what_they_have(capsys, tmp_path):
+    """A loop of stages has no loss, pooling or number of steps, and is measured on products."""
+    found = {"instance_recall@1": 0.25, "instance_ndcg@10": 0.5, "i2t_recall@1": 0.125, "t2i_recall@1": 0.75}
+    for seed in (0, 1):
+        folder = tmp_path / f"run-{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"data: shop.csv\nseed: {seed}\n", encoding="utf-8")
+        after = {name: value + 0.125 * seed for name, value in found.items()}
+        metrics = {"method": "afmrl", "seed": seed, "before": found, "after": after}
+        (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert cli.main(["compare", str(tmp_path / "run-0"), str(tmp_path / "run-1")]) == 0
+    said = capsys.readouterr()
+    printed = " ".join((said.out + said.err).split())
+    assert "all stages" in printed
+    assert "0.312 ± 0.088" in printed  # 0.25 and 0.375
+    assert "None" not in printed
+
+
 def test_groups_on_other_queries_are_not_paired(capsys, runs, tmp_path):
     other = write_run(tmp_path / "other", 0, "afmrl", shift=1)
     assert cli.main(["compare", *runs[:3], other]) == 0

@@ -92,8 +92,9 @@ def _write_page(groups: Sequence[Group], path: Path) -> None:
 def _name(group: Group, groups: Sequence[Group]) -> list[str]:
     """A group in words, a line each: method, length and seeds, what differs from the others."""
     seeds = f"{len(group.runs)} seed" + "s" * (len(group.runs) > 1)
-    kind = group.settings.get("loss") or f"preference {group.settings.get('preference')}"
-    name = [f"{group.method} {kind}, {group.settings.get('pooling')}"]
+    given = group.settings
+    kinds = [given.get("loss"), *(f"{kind} {given[kind]}" for kind in ("preference", "weights") if given.get(kind))]
+    name = [" ".join([group.method, *filter(None, kinds)]) + (f", {given['pooling']}" if given.get("pooling") else "")]
     name.append(f"{group.steps}, {seeds}")
     name += [f"{key} {value}" for key, value in group.differs.items()]
     if len({other.settings.get("data") for other in groups}) > 1:

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 PER_QUERY = "per_query.parquet"
 COMPARED = ("recall@1", "recall@4", "map@r", "nmi")
 COMPARED_WITH_TEXTS = ("i2t_recall@1", "t2i_recall@1", "text_score", "image_score", "group_score", "gap_ratio")
+COMPARED_PRODUCTS = (
+    "instance_recall@1",
+    "enriched_instance_recall@1",
+    "instance_ndcg@10",
+    "i2t_recall@1",
+    "t2i_recall@1",
+)
 # settings that say where a run lies and how fast it went, not what was trained
 ASIDE = ("out", "seed", "resume", "workers", "eval_batch_size", "save_steps")
 NAMED = ("loss", "pooling", "data")
@@ -54,14 +61,19 @@ class Group:
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """Metrics that runs of this kind are compared by: those of photos, or of photos and texts."""
-        return COMPARED_WITH_TEXTS if "i2t_recall@1" in self.runs[0].after else COMPARED
+        """Metrics that runs of this kind are compared by: those of photos, of photos and texts, or of products."""
+        after = self.runs[0].after
+        if "instance_recall@1" in after:
+            return COMPARED_PRODUCTS
+        return COMPARED_WITH_TEXTS if "i2t_recall@1" in after else COMPARED
 
     @property
     def steps(self) -> str:
-        """Length of training: optimizer steps where they were given, else epochs."""
-        steps = self.settings.get("max_steps")
-        return f"{steps} steps" if steps else f"{self.settings.get('epochs'):g} epochs"
+        """Length of training: optimizer steps where they were given, else epochs; a run of stages has neither."""
+        steps, epochs = self.settings.get("max_steps"), self.settings.get("epochs")
+        if not (steps or epochs):
+            return "all stages"
+        return f"{steps} steps" if steps else f"{epochs:g} epochs"
 
     def spread(self, when: str, metric: str) -> tuple[float | None, float | None]:
         """Mean and sample standard deviation over the runs, `when` being before or after; None where there is none."""

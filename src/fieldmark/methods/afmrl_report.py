@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ REWARD_CURVES = {
     "completions/mean_length": "RAR: tokens an answer",
 }
 LENGTHS = {"think_characters": "thought", "answer_characters": "answer"}
+TRAINED = {"generator": "cold start", "agcl": "AGCL", "rar": "RAR", "cit": "CIT"}
 GENERATORS = {"attributes": "distilled generator", "rl_attributes": "RL generator"}
 _ANSWERS = 6
 
@@ -62,7 +63,7 @@ def write_afmrl_report(stages: Stages, wanted: Sequence[str], results: Mapping[s
             {"model": words_of(name), **_cells(values, results["ladder_intervals"][name])}
             for name, values in results["ladder"].items()
         ],
-        notes=notes(runs),
+        notes=notes(runs, list(results["ladder"])),
         curves=charts(runs),
         attributes=find(stages, wanted, results["ladder"], asked),
         health=health(runs, asked),
@@ -78,11 +79,9 @@ def words_of(rung: str) -> str:
 
 def summary(results: Mapping[str, Any], runs: Mapping[str, FinishedRun]) -> str:
     """What was trained, and what came out, in words."""
-    names = {"generator": "the generator's cold start", "agcl": "AGCL", "rar": "RAR", "cit": "CIT"}
     steps = [
-        f"{name} ({max((record['step'] for record in runs[stage].log), default=0):,} steps)"
-        for stage, name in names.items()
-        if stage in runs
+        f"{TRAINED[stage]} ({max((record['step'] for record in run.log), default=0):,} steps)"
+        for stage, run in runs.items()
     ]
     said = f"Stages that train: {', '.join(steps) or 'none'}; seed {results['seed']}."
     reached = [
@@ -93,21 +92,21 @@ def summary(results: Mapping[str, Any], runs: Mapping[str, FinishedRun]) -> str:
     return f"{said} R@1, the share of queries whose nearest item is of the same product: {', '.join(reached)}."
 
 
-def notes(runs: Mapping[str, FinishedRun]) -> list[str]:
+def notes(runs: Mapping[str, FinishedRun], ladder: Sequence[str]) -> list[str]:
     """What the rows mean, and how the generator answered held-out items before and after each of its trainings."""
     told = []
-    if "agcl" in runs:
+    if "agcl + distilled generator" in ladder:
         told.append(
             "The last rows are of queries with attributes: those with a generator, and CIT with the RL generator's."
         )
-    for stage, name in (("generator", "the cold start"), ("rar", "RAR")):
+    for stage in ("generator", "rar"):
         if stage not in runs:
             continue
         before, after = (runs[stage].metrics[when] for when in ("before", "after"))
         count = after["n_items" if stage == "generator" else "n_queries"]
         sentence = (
-            f"On {count:,} held-out items, {name} took the generator's valid answers from {percent(before['valid'])} "
-            f"to {percent(after['valid'])} %"
+            f"On {count:,} held-out items, {TRAINED[stage]} took the generator's valid answers from "
+            f"{percent(before['valid'])} to {percent(after['valid'])} %"
         )
         if stage == "rar":
             sentence += (
@@ -123,7 +122,7 @@ def charts(runs: Mapping[str, FinishedRun]) -> dict[str, Any]:
     drawn: dict[str, Any] = {}
     if "generator" in runs:
         drawn |= curves({"": [runs["generator"].log]}, {"loss": "Cold start: loss"})
-    embedders = {name: [runs[stage].log] for stage, name in (("agcl", "AGCL"), ("cit", "CIT")) if stage in runs}
+    embedders = {TRAINED[stage]: [runs[stage].log] for stage in ("agcl", "cit") if stage in runs}
     drawn |= curves(embedders, EMBEDDER_CURVES)
     if "rar" in runs:
         log = {"": [runs["rar"].log]}
@@ -149,12 +148,8 @@ def find(
     if "rl_attributes" not in wanted:
         return found
     before, after = (read_thoughts(stages.file(stage)) for stage in GENERATORS)
-    return AttributeFindings(
-        enriched=found.enriched,
-        names=changed_names(before, after),
-        answers=changed_answers(task, before, after, settings.seed),
-        negatives=found.negatives,
-    )
+    answers = changed_answers(task, before, after, settings.seed)
+    return replace(found, names=changed_names(before, after), answers=answers)
 
 
 def gains(ladder: Mapping[str, Mapping[str, float]], asked: Mapping[str, Any]) -> list[EnrichedQueries]:
@@ -210,16 +205,18 @@ def health(runs: Mapping[str, FinishedRun], asked: Mapping[str, Any]) -> dict[st
 
 def cost(runs: Mapping[str, FinishedRun], asked: Mapping[str, Any]) -> dict[str, Any]:
     """Time of each stage."""
-    names = {"generator": "Cold start", "agcl": "AGCL", "rar": "RAR", "cit": "CIT"}
+    note = "training and both measurements"
     facts: dict[str, Any] = {
-        f"{name}: time": {"value": _duration(runs[stage].metrics["seconds"]), "note": "training and both measurements"}
-        for stage, name in names.items()
-        if stage in runs
+        f"Time of {TRAINED[stage]}": {"value": _duration(run.metrics["seconds"]), "note": note}
+        for stage, run in runs.items()
     }
     for stage, found in asked.items():
         if found["seconds_per_item"] is not None:
             time = _duration(found["seconds_per_item"] * found["items"])
-            facts[f"Attributes of the {GENERATORS[stage]}"] = {"value": time, "note": f"of {found['items']:,} items"}
+            facts[f"Time of the {GENERATORS[stage]}'s attributes"] = {
+                "value": time,
+                "note": f"of {found['items']:,} items",
+            }
     return facts
 
 
