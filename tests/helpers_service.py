@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from fieldmark.search.embedding import PhotoReader, describe_model, embed
+from fieldmark.search.limits import ServiceSettings
+from fieldmark.search.service import create_app
 from fieldmark.search.store import Store
 from fieldmark.students.build import build_student, load_student
 from fieldmark.students.multimodal import build_multimodal_student
@@ -28,8 +32,10 @@ COLOURS, SIZES, RESOLUTION = ("red", "green", "blue"), ("small", "large"), 64
 # item_ids that are no words: paths, quotes, what an address or a filter could take for its own
 ODD_IDS = ("shelf/1", "it's", '5"', "50%", "a b", "?k=1#x", "né 鳥", "x/photo", "`tick`")
 ITEMS = 24
+RARE = {5: "yes"}
 HTML_TITLE, RTL_TITLE = "<b>wren</b> & <img src=x onerror=alert(1)>", "נקר סורי עם מקור ארוך"
-GONE, INSIDE = "gone", "inside"  # an item whose photo was deleted, and one whose photo lies in the store
+# An item whose photo was deleted, its title, and an item whose photo lies in the store.
+GONE, GONE_TITLE, INSIDE = "gone", "red bird number 9", "inside"
 
 
 def draw(seed: int, width: int = 90, height: int = 60) -> Image.Image:
@@ -59,7 +65,7 @@ def rows(root: Path) -> list[dict[str, Any]]:
             "image": path.read_bytes() if name == INSIDE else str(path),
             "label": f"class {number % 4}",
             "title": {0: HTML_TITLE, 1: RTL_TITLE, 2: None}.get(number, f"{COLOURS[number % 3]} bird number {number}"),
-            "attributes": {"Main colour": COLOURS[number % 3], "order": SIZES[number % 2], "rare": "yes" if number == 5 else None},
+            "attributes": {"Main colour": COLOURS[number % 3], "order": SIZES[number % 2], "rare": RARE.get(number)},
         })  # fmt: skip
     return made
 
@@ -110,3 +116,41 @@ def served(app: FastAPI) -> Iterator[str]:
 
 def opened(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content))
+
+
+class Shop:
+    """A store, its student, and a client of a service over both."""
+
+    def __init__(self, root: Path, kind: str) -> None:
+        self.root = root
+        self.store, self.student = make_store(root, kind)
+
+    def client(self, **settings: Any) -> TestClient:
+        """A client of a service of its own; errors of the service are answers, as in use."""
+        app = create_app(self.store, self.student, ServiceSettings(**settings))
+        return TestClient(app, raise_server_exceptions=False)
+
+
+def refused(answer: Any, status: int, words: str) -> None:
+    """An answer of that status, one sentence of JSON that holds these words."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert list(answer.json()) == ["error"]
+    assert set(answer.json()["error"]) == {"message", "type"}
+    assert re.search(words, answer.json()["error"]["message"]), answer.text
+
+
+def post(client: TestClient, photo: bytes | None = None, **fields: Any) -> Any:
+    files = None if photo is None else {"image": ("photo.jpg", photo)}
+    return client.post("/search", files=files, data=fields)
+
+
+def found(answer: Any) -> list[tuple[str, float]]:
+    assert answer.status_code == 200, answer.text
+    return [(one["item_id"], one["score"]) for one in answer.json()["results"]]
+
+
+def same(answer: Any, hits: list[Any]) -> None:
+    """The answer names these hits."""
+    assert [one for one, _ in found(answer)] == [hit.item_id for hit in hits]
+    np.testing.assert_allclose([score for _, score in found(answer)], [hit.score for hit in hits], atol=1e-5)

@@ -52,7 +52,13 @@ function signIn(said) {
 
 // An <img> cannot send a token, so with one the photo is asked for and handed over. One that is not there shows its alt.
 async function show(image, path) {
-  image.src = token() ? await ask(path).then((got) => got.blob()).then(URL.createObjectURL, () => "") : path;
+  if (!token()) {
+    image.src = path;
+    return;
+  }
+  const photo = await ask(path).then((got) => got.blob(), () => new Blob());
+  image.addEventListener("load", () => URL.revokeObjectURL(image.src), {once: true});
+  image.src = URL.createObjectURL(photo);
 }
 
 const where = () => Object.entries(filters)
@@ -112,6 +118,7 @@ const isAsked = () => Boolean(query.item || query.file || query.text);
 function start(next, {push = true} = {}) {
   query = next;
   wanted = PAGE;
+  $("compare").close();
   if (push) remember();
   showQuery();
   if (isAsked()) return search({focus: true}).then(() => scrollTo({top: 0}));
@@ -310,6 +317,7 @@ function figure(name, address, attention) {
 async function addHeat(frame, attention) {
   try {
     const {heat, weights} = typeof attention === "string" ? await askJson(attention) : attention;
+    if (!frame.isConnected) return; // another item is compared by now
     frame.append(part("img", {className: "heat", alt: "", src: heat}));
     if (Math.max(...weights) * weights.length > NEARLY_EVEN) $("even").hidden = true;
     showHeat();
@@ -360,7 +368,7 @@ $("more").addEventListener("click", async () => {
   $("results").children[before]?.querySelector("button").focus();
 });
 $("heat").addEventListener("change", showHeat);
-$("search-on").addEventListener("click", () => { $("compare").close(); start({item: compared}); });
+$("search-on").addEventListener("click", () => start({item: compared}));
 $("compare").addEventListener("click", (event) => { if (event.target === $("compare")) $("compare").close(); });
 $("preview").addEventListener("error", () => { $("preview").hidden = true; });
 
