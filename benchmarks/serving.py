@@ -5,7 +5,7 @@
 Each client sends a photo, waits for its ten nearest items, and sends the next. The service and the clients are two
 processes of this machine, so the clients' own work is in the numbers. The student is a random vision transformer
 (`benchmarks/indexing.py`; the time is that of a trained one), the store holds generated photos. `bare` is the student
-alone on decoded photos, 32 at once, in this process: what no service could pass.
+alone on decoded photos, 32 at once, in this process, before and after: what no service could pass.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         student, paths = make_store(Path(folder), options.network, options.photos, options.size)
-        print(json.dumps({"bare_per_second": round(bare_speed(student, paths), 1)}), flush=True)
+        bare = bare_speed(student, paths)
         photos = [path.read_bytes() for path in paths]
         command = [sys.executable, "-m", "fieldmark", "serve", f"{folder}/db", "--port", "0"]
         service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -133,6 +133,8 @@ def main() -> None:
         finally:
             service.terminate()
             service.wait()
+        bare = max(bare, bare_speed(student, paths))
+    print(json.dumps({"bare_per_second": round(bare, 1)}))
     for result in results:
         print(json.dumps(result))
     sys.exit(any(result["errors"] for result in results))

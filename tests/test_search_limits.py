@@ -390,6 +390,7 @@ def test_a_photo_from_a_slow_host(photos, web, monkeypatch):
         ("http://", "not http"),
         ("http://[", "not http"),
         ("http://x:99999/", "not http"),
+        ("http://a\0b/", "not http"),
         ("http://exa mple.com/\r\nX: y", "not http|not known"),
         ("/etc/passwd", "not http"),
     ],

@@ -18,9 +18,9 @@ import httpx2
 import numpy as np
 import pytest
 import torch
+import transformers
 from fastapi.testclient import TestClient
 
-from fieldmark.commands import serve
 from fieldmark.errors import FieldmarkError
 from fieldmark.search.embedding import query_vector
 from fieldmark.search.filters import check_filter
@@ -28,6 +28,7 @@ from fieldmark.search.rows import Item
 from fieldmark.search.service import create_app
 from fieldmark.search.store import Store
 from fieldmark.search.why import explain
+from helpers_cli import fails
 from helpers_fuzz import Fuzz, operations
 from helpers_service import (
     GONE,
@@ -47,6 +48,13 @@ from helpers_service import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _loud_libraries():
+    """The command quietens the libraries for the whole process."""
+    yield
+    transformers.utils.logging.set_verbosity_warning()
 
 
 @pytest.fixture(scope="module")
@@ -434,8 +442,9 @@ def test_a_served_store_from_start_to_end(photos, tmp_path):
     """A process of its own: it answers, Ctrl-C ends it, and nothing of teachers or methods was ever loaded."""
     (tmp_path / "token").write_text("secret\n")
     script = (
-        "import sys; from fieldmark.commands.serve import run; run(sys.argv[1:]);"
-        "print([name for name in sys.modules if name.startswith(('fieldmark.teacher', 'fieldmark.methods', 'trl'))])"
+        "import sys; from fieldmark import cli; code = cli.main(['serve', *sys.argv[1:]]);"
+        "print([name for name in sys.modules if name.startswith(('fieldmark.teacher', 'fieldmark.methods', 'trl'))]);"
+        "sys.exit(code)"
     )
     arguments = [str(photos.store.folder), "--port", "0", "--token", f"@{tmp_path / 'token'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -472,11 +481,10 @@ def test_a_served_store_from_start_to_end(photos, tmp_path):
         (["{db}", "--token", ""], "--token is empty"),
     ],
 )
-def test_what_cannot_be_served(photos, tmp_path, arguments, words):
+def test_what_cannot_be_served(photos, tmp_path, capsys, arguments, words):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         names = {"nothing": tmp_path, "db": photos.store.folder, "taken": taken.getsockname()[1]}
-        with pytest.raises(FieldmarkError, match=words):
-            serve.run([one.format(**names) for one in arguments])
+        assert re.search(words, fails(capsys, ["serve", *(one.format(**names) for one in arguments)]))
 
 
 def test_titles_are_kept_as_they_are(client):

@@ -38,7 +38,7 @@ METHODS = {
     "rar": ("RarConfig", "a stage of afmrl: retrieval recall rewards the attribute generator"),
 }
 PROGRAM = "fieldmark"
-SEARCH_PACKAGES = ("lancedb", "fastapi", "gradio", "uvicorn", "prometheus_client", "multipart")  # the extra `search`
+SEARCH_PACKAGES = ("lancedb", "fastapi", "httpx2", "uvicorn", "prometheus_client", "multipart")  # the extra `search`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

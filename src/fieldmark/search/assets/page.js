@@ -177,8 +177,8 @@ function addressOf(file) {
   return addresses.get(file);
 }
 
-function takePhoto(file) {
-  if (!file) return;
+async function takePhoto(file) {
+  if (!file || !await ready) return;
   if (file.size > about.max_body_mb * 1e6) {
     fail(new Refused(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; expected at most ${about.max_body_mb} MB.`));
     return;
@@ -316,7 +316,7 @@ function figure(name, address, attention) {
 
 async function addHeat(frame, attention) {
   try {
-    const {heat, weights} = typeof attention === "string" ? await askJson(attention) : attention;
+    const {heat, weights} = await (typeof attention === "string" ? askJson(attention) : attention);
     if (!frame.isConnected) return; // another item is compared by now
     frame.append(part("img", {className: "heat", alt: "", src: heat}));
     if (Math.max(...weights) * weights.length > NEARLY_EVEN) $("even").hidden = true;
@@ -350,11 +350,12 @@ function showAttributes(result, other) {
 
 // -- what a person does
 
-$("ask").addEventListener("submit", (event) => {
+$("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
+  if (!await ready) return;
   const given = words();
   if (query.file) return start({...given, file: query.file});
-  if (given.text && (about.texts)) return start(given);
+  if (given.text && about.texts) return start(given);
   fail(new Refused(about.texts ? "Type some words or choose a photo first." :
     "This model sees photos only: choose a photo first; the words then choose among what is like it."));
 });
@@ -412,4 +413,7 @@ async function open() {
   history.replaceState({number: 0}, "");
   start(query, {push: false});
 }
-open().catch(fail);
+const ready = open().then(() => true, (error) => {
+  fail(error);
+  return false;
+});
