@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fieldmark.data.product_pairs import TASKS, ProductPairs
+from fieldmark.data.product_pairs import TASKS, ProductPairs, sample_products
 from fieldmark.errors import FieldmarkError
 
 LABELS = ["a", "a", "a", "b", "b", "c", None, "d", "d", "d"]
@@ -62,3 +62,13 @@ def test_the_table_holds_the_batches_and_ranks_share_them():
 def test_what_cannot_be_paired_is_said_in_a_sentence(changes, words):
     with pytest.raises(FieldmarkError, match=words):
         pairs(**changes)
+
+
+def test_samples_are_whole_products():
+    labels = [f"p{i // 3}" for i in range(30)] + [None, None]
+    chosen = sample_products(labels, 11, seed=1)
+    counts = {label: sum(labels[i] == label for i in chosen) for label in labels if label}
+    assert set(counts.values()) == {0, 3}
+    assert len(chosen) == 11, "three products, and the two items that are products of their own"
+    assert sample_products(labels, 100, seed=1) == list(range(32))
+    assert sample_products(labels, 11, seed=1) == chosen

@@ -29,7 +29,7 @@ from fieldmark.evaluation.report_attributes import (
 from fieldmark.evaluation.report_table import table_view
 from fieldmark.losses.bm25 import BM25, bm25_scores
 from fieldmark.methods import afmrl_negatives
-from fieldmark.methods.afmrl_negatives import look_at_negatives, partners, sample_products
+from fieldmark.methods.afmrl_negatives import look_at_negatives, partners
 from fieldmark.methods.afmrl_report import changed_answers, changed_names, gains
 from fieldmark.methods.agcl import AgclConfig, ProductTask
 from fieldmark.teacher.attribute_labels import items_of
@@ -137,16 +137,6 @@ def test_changed_answers_are_of_items_that_both_answered():
 
 
 # -- negatives
-
-
-def test_samples_are_whole_products():
-    labels = [f"p{i // 3}" for i in range(30)] + [None, None]
-    chosen = sample_products(labels, 1, most=11)
-    counts = {label: sum(labels[i] == label for i in chosen) for label in labels if label}
-    assert set(counts.values()) == {0, 3}
-    assert len(chosen) == 11, "three products, and the two items that are products of their own"
-    assert sample_products(labels, 1, most=100) == list(range(32))
-    assert sample_products(labels, 1, most=11) == chosen
 
 
 def test_a_match_is_another_item_of_the_product():

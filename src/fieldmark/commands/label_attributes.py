@@ -8,8 +8,7 @@ from typing import Any
 
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import quiet_libraries
-from fieldmark.commands.labelling import AskOptions, check_out, load_teacher, read_items, say
-from fieldmark.errors import FieldmarkError
+from fieldmark.commands.labelling import AskOptions, check_out, check_sampling, load_teacher, read_items, say
 
 
 @dataclass(kw_only=True)
@@ -46,10 +45,7 @@ def run(argv: list[str]) -> None:
     )
     for name in ("batch_size", "max_new_tokens"):
         positive(name, getattr(options, name))
-    if options.temperature < 0:
-        raise FieldmarkError(f"--temperature was given {options.temperature}; expected 0 or more.")
-    if options.seed < 0:
-        raise FieldmarkError(f"--seed was given {options.seed}; expected 0 or more.")
+    check_sampling(options.temperature, options.seed)
     out = check_out(options.out)
     quiet_libraries()
     from fieldmark.progress import JobProgress

@@ -11,12 +11,12 @@ from fieldmark.commands.labelling import (
     LabelOptions,
     check_negatives,
     check_out,
+    check_sampling,
     find_negatives,
     load_teacher,
     read_items,
     say,
 )
-from fieldmark.errors import FieldmarkError
 
 
 @dataclass(kw_only=True)
@@ -51,10 +51,7 @@ def run(argv: list[str]) -> None:
     )
     for name in ("batch_size", "negatives", "generations", "max_new_tokens"):
         positive(name, getattr(options, name))
-    if options.temperature < 0:
-        raise FieldmarkError(f"--temperature was given {options.temperature}; expected 0 or more.")
-    if options.seed < 0:
-        raise FieldmarkError(f"--seed was given {options.seed}; expected 0 or more.")
+    check_sampling(options.temperature, options.seed)
     out = check_out(options.out)
     quiet_libraries()
     from fieldmark.progress import JobProgress

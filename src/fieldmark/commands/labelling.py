@@ -83,6 +83,13 @@ def check_out(name: str) -> Path:
     return out
 
 
+def check_sampling(temperature: float, seed: int) -> None:
+    """Refuses what no answer can be drawn with."""
+    for name, value in (("temperature", temperature), ("seed", seed)):
+        if value < 0:
+            raise FieldmarkError(f"--{name} was given {value}; expected 0 or more.")
+
+
 def read_items(options: AskOptions, out: Path) -> LabelItems:
     """The photos of the chosen split.
 

@@ -70,6 +70,17 @@ class CandidateBatch:
         return cls(items, len(anchors), torch.tensor(sets))
 
 
+def match_keys(labels: Sequence[str | None], titles: Sequence[str | None]) -> Tensor:
+    """[N, 2] int64: label and title of each item as numbers, -1 where unknown; items that share one match."""
+    return torch.tensor([_numbered(labels), _numbered(titles)]).T
+
+
+def _numbered(values: Sequence[str | None]) -> list[int]:
+    """Equal values as equal numbers, unknown ones as -1."""
+    numbers: dict[str, int] = {}
+    return [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
+
+
 class AnchorSteps:
     """Batch sampler of a whole run: for step s, one slice a process of the anchors of s, in shuffled epochs.
 

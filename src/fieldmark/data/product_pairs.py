@@ -9,7 +9,20 @@ from fieldmark.errors import FieldmarkError
 
 # AFMRL trains for cross-modal and for product retrieval (papers.md 2.9): what the query and the candidate show.
 TASKS = ("image-text", "text-image", "product")
-_ORDER, _PARTNER = range(2)  # random streams that must not share a seed
+_ORDER, _PARTNER, _SAMPLE = range(3)  # random streams that must not share a seed
+
+
+def sample_products(labels: Sequence[str | None], most: int, *, seed: int) -> list[int]:
+    """Items in whole products, drawn by the seed: as many as fit into `most`; an item without a label is its own."""
+    items_of: dict[object, list[int]] = {}
+    for item, label in enumerate(labels):
+        items_of.setdefault(item if label is None else label, []).append(item)
+    products = list(items_of.values())
+    chosen: list[int] = []
+    for place in stable_random(seed, _SAMPLE).permutation(len(products)).tolist():
+        if len(chosen) + len(products[place]) <= most:
+            chosen += products[place]
+    return sorted(chosen)
 
 
 class ProductPairs:

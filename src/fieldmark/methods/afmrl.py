@@ -17,7 +17,8 @@ Each stage is a run of its own with its own log and metrics; a killed run goes o
 
 1. `generator_settings` and the like set any setting of a stage; what is not given keeps that method's default.
 2. CIT goes on from stage 3's embedder; the paper does not say from where.
-3. The first row of the table is the embedder before any training; the paper's has been trained by plain InfoNCE (`train
+3. CIT's 30 % are whole products.
+4. The first row of the table is the embedder before any training; the paper's has been trained by plain InfoNCE (`train
    agcl --weights none`).
 """
 
@@ -46,7 +47,7 @@ from fieldmark.methods.afmrl_report import write_afmrl_report
 from fieldmark.methods.agcl import AgclConfig
 from fieldmark.methods.generator import GeneratorConfig
 from fieldmark.methods.rar import RarConfig
-from fieldmark.methods.run import FolderConfig, _check_same_run, check_folder, refuse
+from fieldmark.methods.run import FolderConfig, check_folder, check_same_run, refuse
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import load_student
 from fieldmark.teacher.attribute_labels import attribute_cache, label_attributes
@@ -253,7 +254,7 @@ def reopen(config: AfmrlConfig) -> None:
     except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return  # check_folder says what is wrong with it
     if until in STAGES[: STAGES.index(config.until)]:
-        _check_same_run(stored, config, asdict(replace(config, until=until)))
+        check_same_run(stored, config, asdict(replace(config, until=until)))
         (stored.parent / "metrics.json").unlink(missing_ok=True)
         stored.write_text(yaml.safe_dump(settings | {"until": config.until}, sort_keys=False), encoding="utf-8")
 

@@ -11,19 +11,20 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from fieldmark.data.batches import stable_random
+from fieldmark.data.candidates import match_keys
+from fieldmark.data.product_pairs import sample_products
 from fieldmark.evaluation.examples import Thumbnails, take_turns
 from fieldmark.evaluation.report_attributes import HardQuery, MaskedPair, Negative, Negatives
 from fieldmark.losses.bm25 import BM25, attribute_words, bm25_scores
 from fieldmark.losses.contrastive import false_negatives, relative_to_positive
 from fieldmark.losses.expanded import matches
 from fieldmark.methods.agcl import AgclConfig, ProductTask
-from fieldmark.methods.maple import numbered
 from fieldmark.progress import JobProgress
 from fieldmark.students.items import encode_items
 
 MOST_ITEMS = 1000  # looked at: all pairs of them are held at once
 _QUERIES, _NEGATIVES, _MASKED, _WORDS = 6, 6, 8, 6
-_SAMPLE, _PARTNER = 20, 21  # random streams that must not share a seed
+_PARTNER = 21  # its random stream
 
 
 def look_at_negatives(student: SentenceTransformer, task: ProductTask, settings: AgclConfig) -> Negatives | None:
@@ -42,7 +43,7 @@ def look_at_negatives(student: SentenceTransformer, task: ProductTask, settings:
     """
     if settings.weights != "bm25":
         return None
-    items = sample_products(task.train["label"][:], settings.seed)
+    items = sample_products(task.train["label"][:], MOST_ITEMS, seed=settings.seed)
     seen = _Sample(student, task, settings, items) if items else None
     if seen is None or not seen.queries or bool(seen.same.all()):
         return None
@@ -85,7 +86,7 @@ class _Sample:
         self.queries, self.positive = (
             partners(self.labels, settings.seed) if kind == "product" else (everyone, everyone)
         )
-        keys = torch.tensor([numbered(self.labels), numbered(self.titles)]).T
+        keys = match_keys(self.labels, self.titles)
         self.same = matches(keys[self.queries], keys)
         self.similarity = cosines(student, rows, kind)[self.queries]
         places = torch.tensor(self.positive, dtype=torch.long)
@@ -129,19 +130,6 @@ class _Sample:
         both = set(attribute_words(self.attributes[one])) & set(attribute_words(self.attributes[other]))
         known = self.bm25.vocabulary
         return sorted(both & known.keys(), key=lambda word: (-self.bm25.idf[known[word]], word))[:_WORDS]
-
-
-def sample_products(labels: Sequence[str | None], seed: int, most: int = MOST_ITEMS) -> list[int]:
-    """Items in whole products, drawn by the seed: as many as fit into `most`; an item without a label is its own."""
-    items_of: dict[object, list[int]] = {}
-    for item, label in enumerate(labels):
-        items_of.setdefault(item if label is None else label, []).append(item)
-    products = list(items_of.values())
-    chosen: list[int] = []
-    for place in stable_random(seed, _SAMPLE).permutation(len(products)).tolist():
-        if len(chosen) + len(products[place]) <= most:
-            chosen += products[place]
-    return sorted(chosen)
 
 
 def partners(labels: Sequence[str | None], seed: int) -> tuple[list[int], list[int]]:

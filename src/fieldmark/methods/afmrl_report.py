@@ -9,13 +9,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fieldmark.data.product_pairs import sample_products
 from fieldmark.evaluation.examples import Thumbnails, take_turns
 from fieldmark.evaluation.report import write_report
 from fieldmark.evaluation.report_attributes import AttributeFindings, ChangedNames, EnrichedQueries, TwoAnswers
 from fieldmark.methods import agcl
-from fieldmark.methods.afmrl_negatives import look_at_negatives, sample_products
+from fieldmark.methods.afmrl_negatives import MOST_ITEMS, look_at_negatives
 from fieldmark.methods.agcl import ProductTask
-from fieldmark.methods.reporting import FinishedRun, _duration, curves, percent
+from fieldmark.methods.reporting import FinishedRun, curves, duration, percent
 from fieldmark.students.build import load_student
 from fieldmark.teacher.attribute_labels import Attributes, items_of, read_thoughts
 
@@ -175,7 +176,7 @@ def changed_names(before: Thoughts, after: Thoughts) -> ChangedNames:
 
 def changed_answers(task: ProductTask, before: Thoughts, after: Thoughts, seed: int) -> list[TwoAnswers]:
     """Some training items about which both generators gave a valid answer, and another one: most names apart first."""
-    rows = task.train.select(sample_products(task.train["label"][:], seed))
+    rows = task.train.select(sample_products(task.train["label"][:], MOST_ITEMS, seed=seed))
     known = [(i, item) for i, item in enumerate(items_of(rows)) if item in before and item in after]
     changed = [(i, before[item], after[item]) for i, item in known if before[item][1] != after[item][1]]
     changed.sort(key=lambda one: -len(one[1][1].keys() ^ one[2][1].keys()))
@@ -207,12 +208,12 @@ def cost(runs: Mapping[str, FinishedRun], asked: Mapping[str, Any]) -> dict[str,
     """Time of each stage."""
     note = "training and both measurements"
     facts: dict[str, Any] = {
-        f"Time of {TRAINED[stage]}": {"value": _duration(run.metrics["seconds"]), "note": note}
+        f"Time of {TRAINED[stage]}": {"value": duration(run.metrics["seconds"]), "note": note}
         for stage, run in runs.items()
     }
     for stage, found in asked.items():
         if found["seconds_per_item"] is not None:
-            time = _duration(found["seconds_per_item"] * found["items"])
+            time = duration(found["seconds_per_item"] * found["items"])
             facts[f"Time of the {GENERATORS[stage]}'s attributes"] = {
                 "value": time,
                 "note": f"of {found['items']:,} items",

@@ -34,28 +34,35 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from fieldmark.data.batches import stable_random
+from fieldmark.data.candidates import match_keys
 from fieldmark.data.catalog import select_split
 from fieldmark.data.checks import BadPhoto
 from fieldmark.data.options import read_catalog
-from fieldmark.data.product_pairs import TASKS, ProductPairs
+from fieldmark.data.product_pairs import TASKS, ProductPairs, sample_products
 from fieldmark.data.squares import Squares
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.enriched import EnrichedEvaluation, evaluate_enriched
 from fieldmark.losses.bm25 import BM25, Attributes
 from fieldmark.losses.cached import CachedColumnsLoss, ColumnsLoss
 from fieldmark.losses.contrastive import AttributeGuidedObjective
-from fieldmark.methods.maple import numbered
-from fieldmark.methods.run import RunConfig, check_folder, checkpoint_to_resume, refuse, run_arguments, save_results
+from fieldmark.methods.run import (
+    RunConfig,
+    check_folder,
+    checkpoint_to_resume,
+    make_multimodal_student,
+    refuse,
+    run_arguments,
+    save_results,
+)
 from fieldmark.methods.trainer import AdapterTrainer, this_process
 from fieldmark.students.enrich import enriched_text
 from fieldmark.students.frozen_tower import remembered_tower
 from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import merge_lora
-from fieldmark.students.multimodal import build_multimodal_student
 from fieldmark.teacher.attribute_labels import attributes_of
 
 CATALOGUE = "catalogue"
-_ENRICHED, _SHUFFLED, _SAMPLE = 7, 8, 9  # random streams that must not share a seed
+_ENRICHED, _SHUFFLED = 7, 8  # random streams that must not share a seed
 
 
 @dataclass
@@ -74,7 +81,7 @@ class AgclConfig(RunConfig):
         tasks: what pairs show: image-text, text-image, product; null is all that the catalogue has pairs for.
         enriched_share: share of the query titles that are followed by their attributes in training.
         enrich: whose attributes join the titles when measuring: query, both or none.
-        sample_share: share of the training items that are used, drawn by the seed.
+        sample_share: share of the training items that are used, in whole products, drawn by the seed.
         pairs_per_batch: B, of all processes together.
         pooling: mean of all tokens, or the last one.
         attention: bidirectional or causal.
@@ -167,7 +174,7 @@ class ProductCollator:
         self.student, self.batches, self.seed, self.share = student, batches, seed, enriched_share
         self.titles, self.attributes = list(task.train["title"]), task.attributes
         self.squares = Squares(list(task.train["image"]), photo_side(student), memory_mb)
-        self.keys = torch.tensor([numbered(task.train["label"]), numbered(self.titles)]).T
+        self.keys = match_keys(task.train["label"][:], self.titles)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         step = int(rows[0]["step"])
@@ -252,9 +259,9 @@ def open_task(config: AgclConfig) -> ProductTask:
                 f"{missing} of {len(part)} {split} rows of {config.data} have no title; AFMRL needs one for "
                 "every photo, add a column (--title_column)."
             )
-    if config.sample_share < 1:
-        order = stable_random(config.seed, _SAMPLE).permutation(len(train))
-        train = train.select(sorted(order[: max(1, round(config.sample_share * len(train)))].tolist()))
+    if config.sample_share < 1:  # items alone would lose their pairs
+        most = round(config.sample_share * len(train))
+        train = train.select(sample_products(train["label"][:], most, seed=config.seed))
     attributes = find_attributes(config, train)
     test_attributes: list[Attributes] = [None] * len(test)
     if config.enrich != "none":
@@ -297,18 +304,7 @@ def make_student(config: AgclConfig) -> SentenceTransformer:
         raise FieldmarkError(
             "AGCL trains a multimodal LLM as an embedder; name one with --student (a folder or hub id)."
         )
-    torch.manual_seed(config.seed)
-    student = build_multimodal_student(
-        config.student,
-        pooling=config.pooling,
-        attention=config.attention,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        resolution=config.resolution,
-    )
-    card: Any = student.model_card_data
-    card.generate_widget_examples = False  # they would be rows of the training table
-    return student
+    return make_multimodal_student(config, config.student)
 
 
 def make_batches(config: AgclConfig, task: ProductTask) -> ProductPairs:

@@ -40,7 +40,7 @@ from fieldmark.data.options import read_catalog
 from fieldmark.errors import FieldmarkError
 from fieldmark.methods.run import RunConfig, check_folder, checkpoint_to_resume, refuse
 from fieldmark.methods.trainer import StepProgress
-from fieldmark.methods.trl_run import TrlRun
+from fieldmark.methods.trl_run import TrlRun, shared_arguments
 from fieldmark.progress import JobProgress
 from fieldmark.students.lora import LANGUAGE_MODEL_LAYERS
 from fieldmark.teacher.attribute_labels import items_of, read_thoughts
@@ -283,29 +283,11 @@ def make_arguments(config: GeneratorConfig, out: Path, examples: int) -> SFTConf
     """TRL's arguments of a run; everything not named keeps their default."""
     a_step = config.per_device_batch * this_process().num_processes
     return SFTConfig(
-        output_dir=str(out / "checkpoints"),
-        seed=config.seed,
         data_seed=config.seed,
         max_steps=config.max_steps or max(1, round(config.epochs * examples / a_step)),
-        per_device_train_batch_size=config.per_device_batch,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bf16",
-        gradient_checkpointing=config.checkpoint_activations,
         max_length=None,
         completion_only_loss=True,
-        logging_steps=1,
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
-        save_total_limit=2,
-        dataloader_num_workers=config.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.accelerator.is_available(),
-        disable_tqdm=True,
-        report_to="none",
+        **shared_arguments(config, out),
     )
 
 

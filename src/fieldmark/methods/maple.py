@@ -38,7 +38,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from fieldmark.data.candidates import AnchorSteps, CandidateBatch, CandidateSets
+from fieldmark.data.candidates import AnchorSteps, CandidateBatch, CandidateSets, match_keys
 from fieldmark.data.captions import Group
 from fieldmark.data.catalog import select_split
 from fieldmark.data.checks import BadPhoto
@@ -53,7 +53,16 @@ from fieldmark.losses.cached import CachedColumnsLoss, ColumnsLoss
 from fieldmark.losses.expanded import Candidates, symmetric_contrastive
 from fieldmark.losses.preference import MapleTemperatures, maple_loss, relative_preference
 from fieldmark.methods.image_text_reporting import ImageTextWitness, write_image_text_report
-from fieldmark.methods.run import RunConfig, check_folder, checkpoint_to_resume, refuse, run_arguments, save_results
+from fieldmark.methods.run import (
+    RunConfig,
+    check_folder,
+    checkpoint_to_resume,
+    hide_training_rows,
+    make_multimodal_student,
+    refuse,
+    run_arguments,
+    save_results,
+)
 from fieldmark.methods.trainer import AdapterTrainer, this_process
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import build_student
@@ -61,7 +70,6 @@ from fieldmark.students.dual_encoder import dual_encoder_student
 from fieldmark.students.frozen_tower import remembered_tower
 from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import merge_lora
-from fieldmark.students.multimodal import build_multimodal_student
 from fieldmark.teacher.cache import photo_hash
 from fieldmark.teacher.describe import read_captions
 from fieldmark.teacher.labels import alignment_cache, candidate_texts, label_alignment
@@ -312,20 +320,11 @@ def make_student(config: MapleConfig) -> SentenceTransformer:
     """The student at the start; new adapters are drawn from the run's seed."""
     source = config.student or config.teacher
     assert source is not None
+    if config.student_kind == "mllm":
+        return make_multimodal_student(config, source)
     torch.manual_seed(config.seed)
-    if config.student_kind == "dual":
-        student = dual_encoder_student(source, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
-    else:
-        student = build_multimodal_student(
-            source,
-            pooling=config.pooling,
-            attention=config.attention,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            resolution=config.resolution,
-        )
-    card: Any = student.model_card_data
-    card.generate_widget_examples = False  # they would be rows of the training table
+    student = dual_encoder_student(source, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+    hide_training_rows(student)
     return student
 
 
@@ -359,7 +358,7 @@ def mine(config: MapleConfig, student: SentenceTransformer, rows: datasets.Datas
     negatives = np.zeros((len(items), 0), dtype=np.int64)
     if config.negatives:
         negatives = hard_negatives(features[items], config.negatives, labels=names, titles=titles)
-    keys = torch.tensor([numbered(names), numbered(titles)]).T
+    keys = match_keys(names, titles)
     return CandidateSets([photos[item] for item in items], own, negatives, keys)
 
 
@@ -369,12 +368,6 @@ def photo_features(config: MapleConfig, student: SentenceTransformer, photos: li
         student = build_student(config.mining, pooling="mean", resolution=config.resolution)
     with JobProgress("photos for mining", len(photos)) as job:
         return embed_photos(student, photos, batch_size=config.eval_batch_size, progress=job.update)
-
-
-def numbered(values: Sequence[str | None]) -> list[int]:
-    """Equal values as equal numbers, unknown ones as -1."""
-    numbers: dict[str, int] = {}
-    return [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
 
 
 def score(config: MapleConfig, teacher: Teacher, sets: CandidateSets, out: Path) -> dict[tuple[int, str], float]:

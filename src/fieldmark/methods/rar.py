@@ -54,7 +54,7 @@ from fieldmark.methods.generator import adapters, save_generator, set_trainable,
 from fieldmark.methods.recall_reward import Gallery, RecallReward, answer_block, check_depth
 from fieldmark.methods.run import RunConfig, check_folder, checkpoint_to_resume, refuse
 from fieldmark.methods.trainer import StepProgress, this_process
-from fieldmark.methods.trl_run import TrlRun
+from fieldmark.methods.trl_run import TrlRun, shared_arguments
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import load_student
 from fieldmark.students.enrich import enriched_text
@@ -357,10 +357,7 @@ def make_arguments(config: RarConfig, queries: int) -> GRPOConfig:
             f"{config.per_device_batch} on {processes} processes; give a per_device_batch that divides them."
         )
     return GRPOConfig(
-        output_dir=str(Path(config.out) / "checkpoints"),
-        seed=config.seed,
         max_steps=steps_of(config, queries),
-        per_device_train_batch_size=config.per_device_batch,
         gradient_accumulation_steps=answers // (config.per_device_batch * processes),
         num_generations=config.group_size,
         max_completion_length=config.max_new_tokens,
@@ -368,23 +365,9 @@ def make_arguments(config: RarConfig, queries: int) -> GRPOConfig:
         beta=config.beta,
         epsilon=config.epsilon,
         loss_type=config.loss_type,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bf16",
-        gradient_checkpointing=config.checkpoint_activations,
         shuffle_dataset=False,
-        logging_steps=1,
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
-        save_total_limit=2,
-        dataloader_num_workers=config.workers,
         use_vllm=config.use_vllm,
-        use_cpu=not torch.accelerator.is_available(),
-        disable_tqdm=True,
-        report_to="none",
+        **shared_arguments(config, Path(config.out)),
         **(config.vllm_options or {}),
     )
 

@@ -218,12 +218,12 @@ def cost(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
     for name, of_seeds in runs.items():
         seconds = float(np.mean([run.metrics["seconds"] for run in of_seeds]))
         records = [record for run in of_seeds for record in run.log if "seconds" in record]
-        facts[f"{name}: time"] = {"value": _duration(seconds), "note": "training and both measurements"}
+        facts[f"{name}: time"] = {"value": duration(seconds), "note": "training and both measurements"}
         if records:
             waiting = float(np.mean([record.get("data_wait_share", 0.0) for record in records]))
             step = float(np.median([record["seconds"] for record in records]))
             facts[f"{name}: time a step"] = {
-                "value": _duration(step),
+                "value": duration(step),
                 "note": f"median; {percent(waiting)} % of the time waiting for photos",
             }
         memory = max(run.metrics["peak_memory_gb"] for run in of_seeds)
@@ -254,7 +254,7 @@ def _mean_line(logs: Sequence[list[dict[str, Any]]], key: str) -> list[tuple[int
     return [(step, float(np.mean([points[step] for points in by_seed]))) for step in steps]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

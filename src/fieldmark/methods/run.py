@@ -27,6 +27,7 @@ from fieldmark.evaluation.student import Evaluation, evaluate_student, has_posit
 from fieldmark.losses.metric import MetricLoss, build_metric_loss
 from fieldmark.methods.trainer import ClassBalancedSteps, last_checkpoint, this_process, training_arguments
 from fieldmark.students.build import build_student
+from fieldmark.students.multimodal import build_multimodal_student
 
 # Settings that a resumed run may change: they say where it lies and how fast it goes, not what is trained.
 CHANGEABLE = ("out", "resume", "workers", "eval_batch_size", "save_steps")
@@ -209,12 +210,12 @@ def _prepare_folder(config: FolderConfig, out: Path) -> None:
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     text = yaml.safe_dump(settings, sort_keys=False)
     if (out / "config.yaml").exists():
-        _check_same_run(out / "config.yaml", config, yaml.safe_load(text))
+        check_same_run(out / "config.yaml", config, yaml.safe_load(text))
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def _check_same_run(path: Path, config: FolderConfig, settings: dict[str, Any]) -> None:
+def check_same_run(path: Path, config: FolderConfig, settings: dict[str, Any]) -> None:
     """Refuses to go on with a run under other settings; a setting that its version did not have had the default."""
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -259,6 +260,32 @@ def make_student(config: TrainConfig, source: str) -> SentenceTransformer:
     )
     student[0].fast_decode = config.fast_decode  # type: ignore[assignment]
     return student
+
+
+def make_multimodal_student(config: Any, source: str) -> SentenceTransformer:
+    """An image-text student at the start of training; new adapters are drawn from the run's seed.
+
+    Args:
+        config: a `RunConfig` with `pooling`, `attention`, `lora_rank` and `lora_alpha`.
+        source: the multimodal LLM, or a trained student.
+    """
+    torch.manual_seed(config.seed)
+    student = build_multimodal_student(
+        source,
+        pooling=config.pooling,
+        attention=config.attention,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        resolution=config.resolution,
+    )
+    hide_training_rows(student)
+    return student
+
+
+def hide_training_rows(student: SentenceTransformer) -> None:
+    """The student's card shows no examples: they would be rows of the training table."""
+    card: Any = student.model_card_data
+    card.generate_widget_examples = False
 
 
 def make_loss(config: TrainConfig, student: SentenceTransformer, num_classes: int) -> MetricLoss:

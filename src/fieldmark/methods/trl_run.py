@@ -8,10 +8,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from fieldmark.methods.trainer import COMPLETE, JsonLines
+
+
+def shared_arguments(config: Any, out: Path) -> dict[str, Any]:
+    """TRL's arguments that all of these trainers set alike.
+
+    Args:
+        config: a `RunConfig` with `per_device_batch` and `checkpoint_activations`.
+        out: run folder.
+    """
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "seed": config.seed,
+        "per_device_train_batch_size": config.per_device_batch,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": config.precision == "bf16",
+        "gradient_checkpointing": config.checkpoint_activations,
+        "logging_steps": 1,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": 2,
+        "dataloader_num_workers": config.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
 
 
 class TrlRun(Trainer):
