@@ -29,6 +29,7 @@ PUBLISHED_TEACHERS = (
 SHOWN_PACKAGES = (
     "fieldmark", "torch", "torchvision", "transformers", "sentence-transformers", "accelerate", "datasets",
     "pytorch-metric-learning", "scikit-learn", "pillow", "numpy", "safetensors", "tokenizers",
+    "lancedb", "fastapi", "uvicorn", "httpx2", "python-multipart", "prometheus-client", "filelock",  # extra `search`
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ def parse(
     description: str,
     positional: Collection[str] = (),
     switches: Collection[str] = (),
+    several: Collection[str] = (),
     config_file: bool = False,
 ) -> T:
     """Reads a command's arguments.
@@ -41,6 +42,8 @@ def parse(
         description: what the command does.
         positional: fields given by position; a list takes one or more.
         switches: boolean fields given without a value, such as `--json`.
+        several: fields of texts given as one or more words behind the flag, which may be repeated. Each word is taken
+            as it stands, so that it may hold commas, brackets and spaces.
         config_file: whether `--config FILE.yaml` gives defaults for the flags.
 
     Raises:
@@ -56,6 +59,8 @@ def parse(
         text = help_texts.get(field.name, "").replace("%", "%%")
         if field.name in switches:
             parser.add_argument(f"--{field.name}", action="store_true", help=text)
+        elif field.name in several:
+            parser.add_argument(f"--{field.name}", type=str, nargs="+", action="extend", required=True, help=text)
         elif field.name in positional:
             many = {"nargs": "+", "type": str} if typing.get_origin(hints[field.name]) is list else {"type": str}
             parser.add_argument(field.name, help=text, **many)
@@ -64,15 +69,15 @@ def parse(
             default: dict[str, Any] = {"required": True} if given is MISSING else {"default": given}
             parser.add_argument(f"--{field.name}", type=hints[field.name], help=text, **default)
     try:
-        values = parser.parse_args(_bracketed(argv, hints)).as_dict()
+        values = parser.parse_args(_bracketed(argv, hints, several)).as_dict()
     except ArgumentError as error:
         raise FieldmarkError(_sentence(str(error), hints, positional, prog)) from error
     return options(**{field.name: values[field.name] for field in fields(options)})  # type: ignore[arg-type]
 
 
-def _bracketed(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
+def _bracketed(argv: Sequence[str], hints: dict[str, Any], several: Collection[str]) -> list[str]:
     """The arguments with `--ks 1,10` written as `--ks [1,10]`, which is how jsonargparse takes a list."""
-    lists = {f"--{name}" for name, hint in hints.items() if _is_list(hint)}
+    lists = {f"--{name}" for name, hint in hints.items() if _is_list(hint) and name not in several}
     written: list[str] = []
     for word in argv:
         flag, equals, value = word.partition("=")
@@ -133,6 +138,8 @@ def _sentence(message: str, hints: dict[str, Any], positional: Collection[str], 
         return f"{missing} {'is' if len(names) == 1 else 'are'} missing; see `{prog} --help`."
     if match := re.match(r"argument --([\w.]+)(?:/\S+)?: expected one argument", message):
         return f"--{match[1]} was given without a value; expected {_expected(match[1], hints)}."
+    if match := re.match(r"argument --([\w.]+): expected at least one argument", message):
+        return f"--{match[1]} was given without a value; expected one or more."
     if match := re.match(r'Parser key "config": File does not exist: (.+)', message):
         return f"The config file {match[1]} does not exist; give the path of a YAML file."
     if match := re.match(r'Parser key "([\w.]+)":', message):

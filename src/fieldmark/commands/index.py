@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import console, quiet_libraries
 from fieldmark.data.options import CatalogOptions
-from fieldmark.errors import FieldmarkError
 
 if TYPE_CHECKING:
     import datasets
@@ -31,6 +30,8 @@ class IndexOptions(CatalogOptions):
             bad_files.csv.
         split: part of the catalogue; null indexes all of it. Photos with the role query are left out in any case.
         batch_size: photos embedded at once.
+        with_titles: embed each photo together with its title, for a student made of a multimodal LLM. A store is of one
+            kind: later runs must say the same.
         prune: delete items of the store that the catalogue does not have.
         exact_up_to: items up to which search is exact; above, an approximate index is built and measured. Null means
             100,000, or what the store has.
@@ -40,6 +41,7 @@ class IndexOptions(CatalogOptions):
     out: str
     split: Literal["train", "val", "test"] | None = None
     batch_size: int = 64
+    with_titles: bool = False
     prune: bool = False
     exact_up_to: int | None = None
 
@@ -53,11 +55,11 @@ class DeleteOptions:
 
     Attributes:
         out: folder of the store.
-        delete: item_ids, separated by commas.
+        delete: item_ids, each a word of its own; one that begins with a dash is written --delete=ID.
     """
 
     out: str
-    delete: str
+    delete: list[str]
 
 
 def run(argv: list[str]) -> None:
@@ -70,9 +72,9 @@ def run(argv: list[str]) -> None:
         argv,
         prog="fieldmark index",
         description="Embeds a catalogue into a store that is searched: what is new or changed, the rest is there. "
-        "`fieldmark index --out DB --delete ID,ID` deletes items.",
+        "`fieldmark index --out DB --delete ID ID ...` deletes items.",
         positional=("model",),
-        switches=("prune",),
+        switches=("prune", "with_titles"),
     )
     positive("batch_size", options.batch_size)
     if options.exact_up_to is not None:
@@ -81,20 +83,25 @@ def run(argv: list[str]) -> None:
     from fieldmark.commands.models import load_model
     from fieldmark.data.checks import write_bad_photos
     from fieldmark.search.embedding import describe_model
-    from fieldmark.search.indexing import index_catalog
+    from fieldmark.search.indexing import check_titles, index_catalog
     from fieldmark.search.store import Store
 
     catalog = _read(options)
     student = load_model(options.model).eval()
-    store = Store.create(options.out, describe_model(options.model, student), exact_up_to=options.exact_up_to)
+    if options.with_titles:
+        check_titles(student, catalog)
+    model = describe_model(options.model, student)
+    store = Store.create(options.out, model, exact_up_to=options.exact_up_to, with_titles=options.with_titles)
     skip = options.bad_photos == "skip"
-    done = index_catalog(store, student, catalog, batch_size=options.batch_size, skip_bad=skip, prune=options.prune)
-    if skip:
-        write_bad_photos(done.bad, Path(options.out) / BAD_FILES)
-    count = store.count()
-    if count > store.card.exact_up_to:
-        print(f"building the approximate index of {count:,} items", file=sys.stderr)
-    _print(done, store.finish(), count, Path(options.out))
+    with store.writing():  # no other process comes between the items and their index
+        done = index_catalog(store, student, catalog, batch_size=options.batch_size, skip_bad=skip, prune=options.prune)
+        if skip:
+            write_bad_photos(done.bad, Path(options.out) / BAD_FILES)
+        count = store.count()
+        if count > store.card.exact_up_to:
+            print(f"building the approximate index of {count:,} items", file=sys.stderr)
+        card = store.finish()
+    _print(done, card, count, Path(options.out))
 
 
 def _read(options: IndexOptions) -> datasets.Dataset:
@@ -114,11 +121,13 @@ def _read(options: IndexOptions) -> datasets.Dataset:
 
 def _delete(argv: list[str]) -> None:
     options = parse(
-        DeleteOptions, argv, prog="fieldmark index --out DB --delete ID,ID", description="Deletes items of a store."
+        DeleteOptions,
+        argv,
+        prog="fieldmark index --out DB --delete ID ID ...",
+        description="Deletes items of a store.",
+        several=("delete",),
     )
-    ids = list(dict.fromkeys(item.strip() for item in options.delete.split(",") if item.strip()))
-    if not ids:
-        raise FieldmarkError(f"--delete was given {options.delete!r}; expected item_ids, separated by commas.")
+    ids = list(dict.fromkeys(options.delete))
     from fieldmark.search.store import Store
 
     store = Store.open(options.out)

@@ -54,7 +54,8 @@ def load_catalog(
         attributes share their names: one that a row does not have is None there.
 
     Raises:
-        FieldmarkError: unknown source, missing file or column, empty catalogue, repeated item_id, wrong split or role.
+        FieldmarkError: unknown source, missing file or column, empty catalogue, repeated item_id, wrong split or role,
+            or text that is not Unicode.
     """
     if part not in PARTS:
         raise FieldmarkError(f"part {part!r} was given; expected one of {', '.join(PARTS)}")
@@ -71,7 +72,12 @@ def load_catalog(
     rows = found.rows if found.has_parts else _rows_of_part(found.rows, part, source)
     if not any(row["split"] is not None for row in rows):
         _split_zero_shot(rows)
-    return _dataset(rows, source, found.images)
+    try:
+        return _dataset(rows, source, found.images)
+    except UnicodeEncodeError as error:
+        raise FieldmarkError(
+            f"{source} holds {error.object[:40]!r}, which has half a character (a lone surrogate); write whole ones"
+        ) from error
 
 
 def select_split(catalog: Dataset, split: str) -> Dataset:

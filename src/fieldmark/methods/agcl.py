@@ -56,7 +56,7 @@ from fieldmark.methods.run import (
 )
 from fieldmark.methods.trainer import AdapterTrainer, this_process
 from fieldmark.students.enrich import enriched_text
-from fieldmark.students.frozen_tower import remembered_tower
+from fieldmark.students.frozen_tower import TowerTokens, remembered_tower
 from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import merge_lora
 from fieldmark.teacher.attribute_labels import attributes_of
@@ -90,7 +90,7 @@ class AgclConfig(RunConfig):
         mini_batch_size: items embedded at once by GradCache; 0 embeds a batch as a whole.
         category: attribute that holds a product's category, for coarse retrieval; null takes `category`.
         photo_memory_mb: decoded photos kept between steps.
-        tower_memory_mb: tokens of the frozen tower kept between steps.
+        tower_memory_mb: tokens of the frozen tower kept between steps, and as much again of the test photos'.
     """
 
     attributes: str | None = None
@@ -213,8 +213,10 @@ def train(config: AgclConfig) -> Path:
     # 2. Student
     student = make_student(config)
     out = check_folder(config, task.bad)
-    # 3. The untrained student
-    before = measure(student, task, config)
+    # 3. The untrained student. The tower is frozen: each test photo passes it once in the whole run
+    seen = TowerTokens(config.tower_memory_mb)
+    with remembered_tower(student, seen):
+        before = measure(student, task, config)
     # 4. Loss: weights of the negatives by their attributes
     objective = make_objective(config, task)
     loss: nn.Module = ColumnsLoss(student, objective)
@@ -239,11 +241,12 @@ def train(config: AgclConfig) -> Path:
         description="AGCL",
         objective=objective,
     )
-    with remembered_tower(student, config.tower_memory_mb):
+    with remembered_tower(student, TowerTokens(config.tower_memory_mb)):
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
     # 6. The trained student, its adapters merged; 7. run folder
     merge_lora(student)
-    after = measure(student, task, config)
+    with remembered_tower(student, seen):
+        after = measure(student, task, config)
     save_results(out, student, before, after, started, method="agcl", seed=config.seed)
     return out
 

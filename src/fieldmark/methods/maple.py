@@ -67,7 +67,7 @@ from fieldmark.methods.trainer import AdapterTrainer, this_process
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import build_student
 from fieldmark.students.dual_encoder import dual_encoder_student
-from fieldmark.students.frozen_tower import remembered_tower
+from fieldmark.students.frozen_tower import TowerTokens, remembered_tower
 from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import merge_lora
 from fieldmark.teacher.cache import photo_hash
@@ -286,7 +286,8 @@ def train(config: MapleConfig) -> Path:
         description="MAPLE",
         objective=objective,
     )
-    with remembered_tower(student, config.tower_memory_mb) if config.student_kind == "mllm" else nullcontext():
+    tokens = TowerTokens(config.tower_memory_mb)
+    with remembered_tower(student, tokens) if config.student_kind == "mllm" else nullcontext():
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
     # 7. The trained student, its adapters merged; 8. run folder: the teacher stays behind
     merge_lora(student)

@@ -11,7 +11,7 @@ from typing import Any
 from fieldmark.errors import FieldmarkError
 
 NAME, UNFINISHED = "store.json", "store.json.unfinished"
-FORMAT = 1  # raised when a store of this version can no longer be read by an older fieldmark
+FORMAT = 2  # raised when a store of this version can no longer be read by an older fieldmark
 MODEL_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model")
 _READ_BYTES = 2**20
 
@@ -57,12 +57,14 @@ class StoreCard:
     Attributes:
         model: whose vectors it holds.
         exact_up_to: items up to which search is exact; above, an approximate index answers.
+        with_titles: whether each photo was embedded together with its title.
         columns: attribute -> its column, for filters.
         index: the approximate index, if there is one.
     """
 
     model: StoredModel
     exact_up_to: int
+    with_titles: bool = False
     columns: dict[str, str] = field(default_factory=dict)
     index: ApproximateIndex | None = None
 
@@ -96,6 +98,19 @@ class StoreCard:
             return cls(model=model, index=None if index is None else ApproximateIndex(**index), **found)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FieldmarkError(f"{path} is damaged; index the catalogue anew into another folder.") from error
+
+
+def check_titles_agree(card: StoreCard, with_titles: bool, folder: Path) -> None:
+    """Refuses photos alone for a store of photos with titles, and the other way round.
+
+    Raises:
+        FieldmarkError: they are not of the store's kind.
+    """
+    if card.with_titles != with_titles:
+        held, do = ("together with their titles", "give") if card.with_titles else ("without titles", "leave out")
+        raise FieldmarkError(
+            f"The store {folder} holds photos embedded {held}; {do} --with_titles, or index into another folder."
+        )
 
 
 def check_model(card: StoreCard, model: StoredModel, folder: Path) -> None:

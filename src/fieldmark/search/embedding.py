@@ -79,12 +79,16 @@ class PhotoReader:
         """
         return load_square(photo, self.side)
 
-    def features(self, squares: Sequence[Any]) -> dict[str, Any]:
-        """Features of a batch, on the CPU."""
-        if not self.multimodal:
+    def features(self, squares: Sequence[Any], texts: Sequence[str] | None = None) -> dict[str, Any]:
+        """Features of a batch, on the CPU; with texts, of each photo together with its text.
+
+        Raises:
+            FieldmarkError: the student does not take a photo together with a text, or a text is too long for it.
+        """
+        if not self.multimodal and texts is None:
             return self.student.preprocess(list(squares))
         with self._tokenizing:
-            return tokenize_items(self.student, images=squares)
+            return tokenize_items(self.student, images=squares, texts=texts)
 
 
 @torch.inference_mode()

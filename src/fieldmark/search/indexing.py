@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from fieldmark.progress import JobProgress
 from fieldmark.search.embedding import PhotoReader, embed
 from fieldmark.search.rows import KEY, facts_hash
 from fieldmark.search.store import Store
+from fieldmark.students.items import embeds_both
 
 ROWS_A_WRITE = 2048
 SECONDS_A_WRITE = 10.0
@@ -82,6 +84,8 @@ def index_catalog(
 ) -> Indexed:
     """Brings a store up to date with a catalogue, with a progress bar; call `store.finish()` afterwards.
 
+    A store that says so (`store.card.with_titles`) gets vectors of photos together with their titles.
+
     Args:
         store: of this student's vectors.
         student: the student, in eval mode.
@@ -92,14 +96,16 @@ def index_catalog(
         prune: delete what the catalogue does not have.
 
     Raises:
-        FieldmarkError: the catalogue is empty, a photo cannot be read (none, if they are to be skipped), or another
-            process writes to the store.
+        FieldmarkError: the catalogue is empty, a photo cannot be read (none, if they are to be skipped), see
+            `check_titles`, the store cannot be written, or another process writes to it.
     """
     if not len(catalog):
         raise FieldmarkError("The catalogue has no photos to index; check its split and role columns.")
+    if store.card.with_titles:
+        check_titles(student, catalog)
     with store.writing():
         known = store.hashes()
-        changes = find_changes(catalog, known)
+        changes = find_changes(catalog, known, with_titles=store.card.with_titles)
         started = time.monotonic()
         bad = _embed(store, student, catalog, changes.embed, batch_size, skip_bad)
         seconds = time.monotonic() - started
@@ -127,12 +133,35 @@ def index_catalog(
     )
 
 
-def find_changes(catalog: datasets.Dataset, known: Mapping[str, tuple[str, str]]) -> Changes:
+def check_titles(student: SentenceTransformer, catalog: datasets.Dataset) -> None:
+    """Refuses what cannot be embedded as photos together with their titles.
+
+    Raises:
+        FieldmarkError: the student does not take a photo together with a text, or an item has no title.
+    """
+    if not embeds_both(student):
+        raise FieldmarkError(
+            "--with_titles was given for a student that does not embed a photo together with a text; leave it out, or "
+            "give a student made of a multimodal LLM."
+        )
+    titles = catalog["title"][:]
+    without = [row for row, title in enumerate(titles) if not (title or "").strip()]
+    if without:
+        raise FieldmarkError(
+            f"--with_titles was given, and {len(without)} of {len(titles)} items have no title, the first "
+            f"{catalog[KEY][without[0]]!r}; give them one, or leave --with_titles out."
+        )
+
+
+def find_changes(
+    catalog: datasets.Dataset, known: Mapping[str, tuple[str, str]], *, with_titles: bool = False
+) -> Changes:
     """Compares a catalogue with a store; reads the files of the photos that the store knows, not their pixels.
 
     Args:
         catalog: the items.
         known: item -> hashes, see `Store.hashes`.
+        with_titles: whether a title is embedded with its photo, so that another title is another photo.
     """
     ids = catalog[KEY][:]
     embed = [row for row, item in enumerate(ids) if item not in known]
@@ -143,7 +172,7 @@ def find_changes(catalog: datasets.Dataset, known: Mapping[str, tuple[str, str]]
             for start in range(0, len(old), ROWS_AT_ONCE):
                 chosen = old[start : start + ROWS_AT_ONCE]
                 rows = rows_of(catalog, chosen)
-                hashes = pool.map(photo_hash, [row["image"] for row in rows])
+                hashes = pool.map(lambda row: embedded_hash(row, with_titles), rows)
                 for place, row, photo in zip(chosen, rows, hashes, strict=True):
                     photo_before, facts_before = known[row[KEY]]
                     if photo != photo_before:
@@ -167,6 +196,14 @@ def photo_hash(ref: str | bytes) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FieldmarkError:
         return None
+
+
+def embedded_hash(row: Row, with_titles: bool) -> str | None:
+    """What tells that which is embedded of a row from a changed one; None if its photo has no file."""
+    photo = photo_hash(row["image"])
+    if photo is None or not with_titles:
+        return photo
+    return hashlib.sha256(f"{photo}\0{row['title']}".encode()).hexdigest()
 
 
 def rows_of(catalog: datasets.Dataset, places: Sequence[int]) -> list[Row]:
@@ -198,8 +235,9 @@ def _embed(
     done, started = 0, time.monotonic()
     if not places:
         return bad
+    read = partial(_read, PhotoReader(student), skip_bad=skip_bad, with_titles=store.card.with_titles)
     with JobProgress("photos", len(places)) as job, _Writer(store) as writer:
-        for batch in _read_ahead(PhotoReader(student), catalog, places, batch_size, skip_bad):
+        for batch in _read_ahead(read, catalog, places, batch_size):
             bad += batch.bad
             if batch.features is not None:
                 writer.add(batch.rows, embed(student, batch.features), batch.hashes)
@@ -209,7 +247,7 @@ def _embed(
 
 
 def _read_ahead(
-    reader: PhotoReader, catalog: datasets.Dataset, places: Sequence[int], batch_size: int, skip_bad: bool
+    read: Callable[[Sequence[Row]], _Batch], catalog: datasets.Dataset, places: Sequence[int], batch_size: int
 ) -> Iterator[_Batch]:
     """Batches in order; while one is used, threads read those that follow."""
     threads = usable_cores()
@@ -218,7 +256,7 @@ def _read_ahead(
     try:
         for start in range(0, len(places), batch_size):
             rows = rows_of(catalog, places[start : start + batch_size])
-            waiting.append(pool.submit(_read, reader, rows, skip_bad))
+            waiting.append(pool.submit(read, rows))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -227,11 +265,11 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _read(reader: PhotoReader, rows: Sequence[Row], skip_bad: bool) -> _Batch:
+def _read(reader: PhotoReader, rows: Sequence[Row], *, skip_bad: bool, with_titles: bool) -> _Batch:
     """Hashes and decodes photos; in this order, so that one that changes in between is embedded anew the next time."""
     good, hashes, squares, bad = [], [], [], []
     for row in rows:
-        photo = photo_hash(row["image"])
+        photo = embedded_hash(row, with_titles)
         try:
             square = reader.square(row["image"])
         except FieldmarkError as error:
@@ -242,7 +280,8 @@ def _read(reader: PhotoReader, rows: Sequence[Row], skip_bad: bool) -> _Batch:
         good.append(row)
         hashes.append(photo or "")
         squares.append(square)
-    return _Batch(good, hashes, reader.features(squares) if squares else None, bad)
+    titles = [row["title"] for row in good] if with_titles else None
+    return _Batch(good, hashes, reader.features(squares, titles) if squares else None, bad)
 
 
 def _bad_photo(row: Row, error: FieldmarkError) -> BadPhoto:
@@ -272,9 +311,10 @@ class _Writer:
             self.write()
 
     def write(self) -> None:
-        if self.rows:
-            self.store.add(self.rows, np.concatenate(self.vectors), self.hashes)
-        self._clear()
+        rows, vectors, hashes = self.rows, self.vectors, self.hashes
+        self._clear()  # what cannot be written is not tried again at the end
+        if rows:
+            self.store.add(rows, np.concatenate(vectors), hashes)
 
     def __enter__(self) -> Self:
         return self

@@ -123,8 +123,13 @@ def to_table(
     return pa.table([pa.array(found[name], schema.field(name).type) for name in schema.names], schema=schema)
 
 
-def unit_rows(vectors: Any, dim: int) -> np.ndarray:
+def unit_rows(vectors: Any, dim: int, ids: Sequence[str] | None = None) -> np.ndarray:
     """[N, D] float32 rows of length one.
+
+    Args:
+        vectors: [N, D] numbers.
+        dim: D.
+        ids: N names of the rows, for errors.
 
     Raises:
         FieldmarkError: they are of another size, hold NaN or infinity, or one has length zero.
@@ -134,11 +139,22 @@ def unit_rows(vectors: Any, dim: int) -> np.ndarray:
         given = table.shape[-1] if table.ndim else 1
         raise FieldmarkError(f"A vector of {given} numbers was given; expected {dim}, as in the store.")
     lengths = np.linalg.norm(table, axis=1, keepdims=True)
-    if not (np.isfinite(lengths) & (lengths > 0)).all():
+    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(wrong):
+        whose = "" if ids is None else f" for the item {ids[wrong[0]]!r}"
         raise FieldmarkError(
-            "A vector of length zero, or with NaN or infinity, was given; expected one with a direction."
+            f"A vector of length zero, or with NaN or infinity, was given{whose}; expected one with a direction."
         )
     return (table / lengths).astype(np.float32)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: one with half a character (a lone surrogate) cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_one_of(ids: Sequence[str]) -> str:

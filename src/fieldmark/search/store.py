@@ -28,7 +28,7 @@ from lancedb.table import Table
 
 from fieldmark.data.photos import PhotoRef
 from fieldmark.errors import FieldmarkError
-from fieldmark.search.card import NAME, UNFINISHED, StoreCard, StoredModel, check_model
+from fieldmark.search.card import NAME, UNFINISHED, StoreCard, StoredModel, check_model, check_titles_agree
 from fieldmark.search.nearest import renew_index
 from fieldmark.search.rows import (
     FACTS,
@@ -39,6 +39,7 @@ from fieldmark.search.rows import (
     facts_of,
     given_attributes,
     is_one_of,
+    is_unicode,
     table_schema,
     to_table,
     unit_rows,
@@ -87,25 +88,30 @@ class Store:
         return cls(folder, card, table)
 
     @classmethod
-    def create(cls, folder: str | Path, model: StoredModel, *, exact_up_to: int | None = None) -> Self:
+    def create(
+        cls, folder: str | Path, model: StoredModel, *, exact_up_to: int | None = None, with_titles: bool = False
+    ) -> Self:
         """A new store, or the one that is there if it holds vectors of the same model.
 
         Args:
             folder: where it is to lie.
             model: whose vectors it is to hold.
             exact_up_to: items up to which search is exact; None means 100,000, or the store's own.
+            with_titles: whether its vectors are of photos together with their titles.
 
         Raises:
-            FieldmarkError: the folder holds something else, the vectors of another model or a damaged store, or another
-                process writes to it.
+            FieldmarkError: the folder holds something else, the vectors of another model, of photos with titles where
+                these are without or the other way round, or a damaged store; it cannot be written; or another process
+                writes to it.
         """
         folder = Path(folder)
         if not (folder / NAME).is_file() and folder.exists() and not _is_empty(folder):
             raise FieldmarkError(f"{folder} exists and is not a store; give another name, or delete it first.")
         folder.mkdir(parents=True, exist_ok=True)
-        with _sole_writer(FileLock(folder / LOCK), folder):
-            card = StoreCard.read(folder) if (folder / NAME).is_file() else StoreCard(model, EXACT_UP_TO)
+        with _sole_writer(FileLock(folder / LOCK), folder), _write_trouble(folder):
+            card = StoreCard.read(folder) if (folder / NAME).is_file() else StoreCard(model, EXACT_UP_TO, with_titles)
             check_model(card, model, folder)
+            check_titles_agree(card, with_titles, folder)
             bound = card.exact_up_to if exact_up_to is None else exact_up_to
             card = replace(card, exact_up_to=bound, model=replace(card.model, source=model.source))
             card.write(folder)
@@ -222,20 +228,21 @@ class Store:
             photo_hashes: what tells each photo from a changed one.
 
         Raises:
-            FieldmarkError: a vector is of another size or no direction, an item is given twice, or another process
-                writes.
+            FieldmarkError: a vector is of another size or no direction, an item is given twice, the store cannot
+                be written, or another process writes.
         """
         ids = [row[KEY] for row in rows]
         if len(set(ids)) < len(ids):
             raise FieldmarkError("An item was given twice; give each item_id once.")
         if not ids:
             return
-        unit = unit_rows(vectors, self.card.model.dim)
-        if not len(unit) == len(ids) == len(photo_hashes):
+        if not len(vectors) == len(ids) == len(photo_hashes):
             raise FieldmarkError(
-                f"{len(ids)} items, {len(unit)} vectors and {len(photo_hashes)} photo hashes were given; give one each."
+                f"{len(ids)} items, {len(vectors)} vectors and {len(photo_hashes)} photo hashes were given; give one "
+                "each."
             )
-        with self.writing():
+        unit = unit_rows(vectors, self.card.model.dim, ids)
+        with self.writing(), _write_trouble(self.folder):
             self._add_columns(rows)
             table = to_table(rows, unit, photo_hashes, self.card.columns, self._table.schema)
             there = pa.array(self._look().by_id(ids, [KEY])[KEY].to_pylist(), pa.string())
@@ -251,9 +258,10 @@ class Store:
         """Deletes items.
 
         Raises:
-            FieldmarkError: there is no such item (nothing is deleted then), or another process writes.
+            FieldmarkError: there is no such item (nothing is deleted then), the store cannot be written, or another
+                process writes.
         """
-        with self.writing():
+        with self.writing(), _write_trouble(self.folder):
             self._known(self._look(), ids, [KEY])
             for start in range(0, len(ids), IDS_AT_ONCE):
                 self._table.delete(is_one_of(ids[start : start + IDS_AT_ONCE]))
@@ -266,9 +274,9 @@ class Store:
             The store's card, with the measured recall of the approximate index.
 
         Raises:
-            FieldmarkError: another process writes.
+            FieldmarkError: the store cannot be written, or another process writes.
         """
-        with self.writing():
+        with self.writing(), _write_trouble(self.folder):
             self._table.optimize(cleanup_older_than=KEPT_VERSIONS)
             large = self._table.count_rows() > self.card.exact_up_to
             index = renew_index(self._table, self.card.index) if large else None
@@ -298,7 +306,8 @@ class Store:
 
     def _known(self, view: View, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Rows of items, in the order given."""
-        found = view.by_id(ids, [KEY, *(name for name in columns if name != KEY)])
+        wanted = [item for item in ids if is_unicode(item)]  # no other can be in the store, nor be asked for
+        found = view.by_id(wanted, [KEY, *(name for name in columns if name != KEY)])
         places = {item: place for place, item in enumerate(found[KEY].to_pylist())}
         missing = next((item for item in ids if item not in places), None)
         if missing is not None:
@@ -348,6 +357,19 @@ def _sole_writer(lock: FileLock, folder: Path) -> Iterator[None]:
         raise FieldmarkError(f"Another process is writing to {folder}; wait until it has ended.") from error
     with held:
         yield
+
+
+@contextmanager
+def _write_trouble(folder: Path) -> Iterator[None]:
+    """What the system says of a write becomes a sentence, such as of a full disk: what was written before is whole."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # LanceDB's are RuntimeErrors
+        reason = " ".join(str(error).partition(", /")[0].split())
+        raise FieldmarkError(
+            f"The store {folder} cannot be written ({reason}); what it held before is whole: mend this and run the "
+            "same command again."
+        ) from error
 
 
 def _checked(k: int) -> int:

@@ -19,13 +19,25 @@ from torch import Tensor
 from fieldmark.errors import FieldmarkError
 
 
+class TowerTokens:
+    """Tokens of the photos that one frozen tower has seen.
+
+    Args:
+        memory_mb: their size at most; photos beyond it are computed each time.
+    """
+
+    def __init__(self, memory_mb: int) -> None:
+        self.room = memory_mb * 2**20
+        self.known: dict[bytes, Any] = {}
+
+
 @contextmanager
-def remembered_tower(student: SentenceTransformer, memory_mb: int) -> Iterator[None]:
+def remembered_tower(student: SentenceTransformer, tokens: TowerTokens) -> Iterator[None]:
     """Inside the block an image-text student looks up the tokens of photos that its tower has seen.
 
     Args:
         student: made of a multimodal LLM; everything but its language model is frozen.
-        memory_mb: size of the kept tokens; photos beyond it are computed each time.
+        tokens: where they are kept; of this tower alone.
 
     Raises:
         FieldmarkError: a parameter outside the language model is trained.
@@ -34,8 +46,7 @@ def remembered_tower(student: SentenceTransformer, memory_mb: int) -> Iterator[N
     eyes = [child for name, child in model.named_children() if name != "language_model"]
     if any(parameter.requires_grad for child in eyes for parameter in child.parameters()):
         raise FieldmarkError("The vision tower is trained here, so its tokens change; leave tower_memory_mb at 0.")
-    memory = _Memory(model.get_image_features, eyes, memory_mb * 2**20)
-    model.get_image_features = memory
+    model.get_image_features = _Memory(model.get_image_features, eyes, tokens)
     try:
         yield
     finally:
@@ -45,9 +56,8 @@ def remembered_tower(student: SentenceTransformer, memory_mb: int) -> Iterator[N
 class _Memory:
     """Stands in for `get_image_features`; every model type returns one tensor a photo."""
 
-    def __init__(self, compute: Any, eyes: list[torch.nn.Module], room: int) -> None:
-        self.compute, self.eyes, self.room = compute, eyes, room
-        self.known: dict[bytes, Any] = {}
+    def __init__(self, compute: Any, eyes: list[torch.nn.Module], tokens: TowerTokens) -> None:
+        self.compute, self.eyes, self.tokens = compute, eyes, tokens
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
         if image_grid_thw is None:
@@ -57,13 +67,14 @@ class _Memory:
         found = []
         for place, pixels in enumerate(photos):
             key = hashlib.blake2b(pixels.detach().cpu().numpy().tobytes(), digest_size=16).digest()
-            output = self.known.get(key)
+            output = self.tokens.known.get(key)
             if output is None:
                 grid = {} if image_grid_thw is None else {"image_grid_thw": image_grid_thw[place : place + 1]}
                 output = self._one(pixels, {**kwargs, **grid})
                 size = sum(tensor.nbytes for tensor in (output.pooler_output[0], *_deepstack(output)))
-                if size <= self.room:
-                    self.known[key], self.room = output, self.room - size
+                if size <= self.tokens.room:
+                    self.tokens.known[key] = output
+                    self.tokens.room -= size
             found.append(output)
         fields: dict[str, Any] = {"pooler_output": [output.pooler_output[0] for output in found]}
         if _deepstack(found[0]):

@@ -25,6 +25,11 @@ def is_multimodal(student: SentenceTransformer) -> bool:
     return {"image", "text"} <= set(_modalities(student))
 
 
+def embeds_both(student: SentenceTransformer) -> bool:
+    """Whether the student embeds a photo together with a text: one made of a multimodal LLM does."""
+    return "message" in _modalities(student)
+
+
 def photo_side(student: SentenceTransformer) -> int:
     """Side in pixels of the square that an image-text student sees of a photo."""
     transformer: Any = student[0]
@@ -150,7 +155,7 @@ def _check_items(student: SentenceTransformer, images: Sequence[PhotoRef] | None
             raise FieldmarkError(
                 f"{len(images)} photos and {len(texts)} texts were given; expected a text for each photo"
             )
-        if "message" not in _modalities(student):
+        if not embeds_both(student):
             raise FieldmarkError(
                 "a photo together with a text was given to a dual encoder, which embeds one or the other; give photos "
                 "or texts, or use a student made of a multimodal LLM"
@@ -168,7 +173,7 @@ def _check_length(student: SentenceTransformer, features: dict[str, Any], texts:
     limit = transformer.config.get_text_config().max_position_embeddings
     if features["input_ids"].shape[1] < limit:
         return
-    if "message" in _modalities(student):
+    if embeds_both(student):
         lengths = features["attention_mask"].sum(1).tolist()
     else:  # a dual encoder's tokenizer has cut what is too long
         lengths = [len(ids) for ids in transformer.tokenizer(list(texts), truncation=False)["input_ids"]]
