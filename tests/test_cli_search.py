@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
+from packaging.requirements import Requirement
 from PIL import Image
 
 from fieldmark import cli
+from fieldmark.errors import FieldmarkError
 from fieldmark.search import indexing
-from fieldmark.search.card import StoreCard
+from fieldmark.search.card import FORMAT, StoreCard
 from fieldmark.search.store import Store
 from fieldmark.students.build import build_student, load_student
 from fieldmark.students.items import encode_items
 from fieldmark.students.multimodal import build_multimodal_student
-from helpers_cli import fails
+from helpers_cli import fails, no_file_above
 from helpers_tiny import make_tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -175,9 +179,25 @@ def test_items_that_left_are_deleted_when_asked(models, shop, run):
     assert f"{PHOTOS} items in {shop.db}: 0 new, 0 changed, {PHOTOS - 4} unchanged, 0 deleted" in run(*command)
     assert f"{PHOTOS - 4} items in {shop.db}: " in run(*command, "--prune")
     assert set(Store.open(shop.db).hashes()) == shop.ids
-    out = run("index", "--out", shop.db, "--delete", "item-05,item-07")
+    out = run("index", "--out", shop.db, "--delete", "item-05", "item-07")
     assert out.startswith(f"2 items deleted, {PHOTOS - 6} left in {shop.db}; search is exact")
     assert set(Store.open(shop.db).hashes()) == shop.ids - {"item-05", "item-07"}
+
+
+def test_names_to_delete_are_taken_as_they_stand(models, shop, run):
+    odd = ["a,b", "c d", "-x", "null", "[1, 2]", "{a: b}", "007", "it's", "e\u0301", "é"]
+    for row, name in zip(shop.rows, odd, strict=False):
+        row["item_id"] = name
+    shop.write()
+    run("index", models["photos"], "--data", shop.source, "--out", shop.db)
+    assert "1 items deleted" in run("index", "--out", shop.db, "--delete=-x")
+    kept = shop.ids - {"-x", "é"}
+    assert set(Store.open(shop.db).hashes()) == kept | {"é"}
+    # The flag may be repeated, and an item named twice.
+    assert "1 items deleted" in run("index", "--delete", "é", "--out", shop.db, "--delete", "é")
+    assert set(Store.open(shop.db).hashes()) == kept
+    run("index", "--out", shop.db, "--delete", *sorted(kept & set(odd)))
+    assert set(Store.open(shop.db).hashes()) == shop.ids - set(odd)
 
 
 def test_split_and_queries(models, shop, run):
@@ -219,14 +239,18 @@ def fails_loudly(capsys, argv: list[str]) -> str:
     return err.splitlines()[-1]
 
 
-def test_photos_given_as_bytes_are_kept_in_the_store(models, tmp_path, run):
+def test_photos_given_as_bytes_are_kept_in_the_store(models, tmp_path, run, monkeypatch):
     photos = []
     for number in range(4):
         draw(number).save(buffer := io.BytesIO(), "PNG")
         photos.append(buffer.getvalue())
     pq.write_table(pa.table({"item_id": list("abcd"), "image": photos, "title": ["x"] * 4}), tmp_path / "items.parquet")
     command = ["index", models["photos"], "--data", str(tmp_path / "items.parquet"), "--out", str(tmp_path / "db")]
-    run(*command)
+    added, add = [], Store.add
+    monkeypatch.setattr(Store, "add", lambda self, rows, *more: added.append(len(rows)) or add(self, rows, *more))
+    monkeypatch.setattr(indexing, "BYTES_A_WRITE", len(photos[0]) + 1)
+    run(*command, "--batch_size", "1")
+    assert added == [2, 2], "photos waited in memory"
     store = Store.open(tmp_path / "db")
     assert [store.photo(name) for name in "abcd"] == photos
     assert "4 unchanged" in run(*command)
@@ -247,7 +271,86 @@ def test_above_the_bound_an_index_is_built_and_measured(models, shop, run):
     assert "search is approximate" in run(*command)  # the bound is the store's from now on
 
 
-# -- a kill at any moment
+# -- photos with their titles
+
+
+@pytest.fixture
+def embedded(monkeypatch) -> list[int]:
+    """Sizes of the batches that the student embeds."""
+    sizes: list[int] = []
+    whole = indexing.embed
+    monkeypatch.setattr(
+        indexing,
+        "embed",
+        lambda student, features: sizes.append(len(features["input_ids"])) or whole(student, features),
+    )
+    return sizes
+
+
+def with_titles(model: str, shop: Shop) -> np.ndarray:
+    photos, titles = [str(shop.root / row["image"]) for row in shop.rows], [row["title"] for row in shop.rows]
+    return encode_items(load_student(model), images=photos, texts=titles)
+
+
+def test_photos_are_embedded_with_their_titles(models, shop, run, embedded, capsys):
+    model, names = models["texts"], sorted(shop.ids)
+    command = ["index", model, "--data", shop.source, "--out", shop.db, "--batch_size", "7"]
+    run(*command, "--with_titles")
+    store = Store.open(shop.db)
+    alone = encode_items(load_student(model), images=[str(shop.root / row["image"]) for row in shop.rows])
+    np.testing.assert_allclose(store.vectors(names), with_titles(model, shop), atol=1e-5)
+    assert np.abs(store.vectors(names) - alone).max() > 0.01
+    assert store.card.with_titles
+    assert embedded == [7, 7, 4]
+    best = found(run, shop.db, str(shop.root / "5.png"), "--text", shop.rows[5]["title"], "--k", "1")[0]
+    assert (best["item_id"], round(best["score"], 4)) == ("item-05", 1.0)
+    # Another title is another vector; another label is not.
+    shop.rows[2]["title"], shop.rows[3]["label"] = "another title", "another class"
+    shop.write()
+    assert f"0 new, 2 changed, {PHOTOS - 2} unchanged" in run(*command, "--with_titles")
+    assert embedded[3:] == [1]
+    np.testing.assert_allclose(Store.open(shop.db).vectors(names), with_titles(model, shop), atol=1e-5)
+    assert f"0 new, 0 changed, {PHOTOS} unchanged" in run(*command, "--with_titles")
+    refusal = f"The store {shop.db} holds photos embedded together with their titles; give --with_titles, or index into"
+    assert refusal in fails(capsys, command)
+    assert embedded[4:] == []
+
+
+def test_a_run_that_was_stopped_goes_on_with_titles_alone(models, shop, run, monkeypatch, capsys):
+    model, whole, calls = models["texts"], indexing.embed, []
+    command = ["index", model, "--data", shop.source, "--out", shop.db, "--batch_size", "4"]
+
+    def interrupted(student, features):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(student, features)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "embed", interrupted)
+        assert cli.main([*command, "--with_titles"]) == 130
+    assert Store.open(shop.db).count() == 8
+    assert "give --with_titles, or index into another folder." in fails(capsys, command)
+    assert f"{PHOTOS - 8} new, 0 changed, 8 unchanged" in run(*command, "--with_titles")
+    np.testing.assert_allclose(Store.open(shop.db).vectors(sorted(shop.ids)), with_titles(model, shop), atol=1e-5)
+
+
+def test_titles_that_cannot_be_embedded_are_refused(models, shop, run, capsys):
+    refusal = fails(capsys, ["index", models["photos"], "--data", shop.source, "--out", shop.db, "--with_titles"])
+    assert "--with_titles was given for a student that does not embed a photo together with a text" in refusal
+    command = ["index", models["texts"], "--data", shop.source, "--out", shop.db]
+    shop.rows[4]["title"], shop.rows[9]["title"] = "", " "
+    shop.write()
+    refusal = f"2 of {PHOTOS} items have no title, the first 'item-04'; give them one, or leave --with_titles out."
+    assert refusal in fails(capsys, [*command, "--with_titles"])
+    assert not Path(shop.db).exists()  # else the next run would have to agree with it
+    run(*command)
+    shop.rows[4]["title"] = shop.rows[9]["title"] = "a title"
+    shop.write()
+    assert "holds photos embedded without titles; leave out --with_titles" in fails(capsys, [*command, "--with_titles"])
+
+
+# -- a kill at any moment, a full disk, another writer
 
 
 def test_a_killed_run_loses_and_doubles_nothing(models, shop):
@@ -258,6 +361,45 @@ def test_a_killed_run_loses_and_doubles_nothing(models, shop):
     assert (result["items"], result["faults"]) == (PHOTOS, 0)
     assert len(result["kills"]) == 3
     assert any(one["items_kept"] < PHOTOS for one in result["kills"])
+
+
+def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_there(models, shop, run, capsys, monkeypatch):
+    command = ["index", models["photos"], "--data", shop.source, "--out", shop.db]
+    run(*command)
+    before = Store.open(shop.db).vectors(sorted(shop.ids))
+    shop.rows[0]["title"] = "another title"
+    shop.rows += [row | {"item_id": f"new {row['item_id']}"} for row in shop.rows]
+    shop.write()
+    added, add = [], Store.add
+    monkeypatch.setattr(Store, "add", lambda self, rows, *more: added.append(len(rows)) or add(self, rows, *more))
+    with no_file_above(600):
+        sentence = fails_loudly(capsys, command)
+    assert re.search(r"The store .* cannot be written \(.*File too large.*\); what it held before is whole", sentence)
+    assert added == [PHOTOS], "written more than once"
+    names = sorted(row["item_id"] for row in shop.rows)
+    np.testing.assert_array_equal(Store.open(shop.db).vectors(names[:PHOTOS]), before)
+    assert f"{PHOTOS} new, 1 changed, {PHOTOS - 1} unchanged" in run(*command)
+    assert sorted(Store.open(shop.db).hashes()) == names
+
+
+def test_no_one_writes_between_the_items_and_their_index(models, shop, run, monkeypatch, capsys):
+    command = ["index", models["photos"], "--data", shop.source, "--out", shop.db]
+    finish, refusals = Store.finish, []
+
+    def looked_at(self):
+        try:
+            with Store.open(shop.db).writing():
+                pass
+        except FieldmarkError as error:
+            refusals.append(str(error))
+        return finish(self)
+
+    monkeypatch.setattr(Store, "finish", looked_at)
+    run(*command)
+    assert refusals == [f"Another process is writing to {shop.db}; wait until it has ended."]
+    with Store.open(shop.db).writing():
+        for argv in (command, ["index", "--out", shop.db, "--delete", "item-01"]):
+            assert "Another process is writing to" in fails(capsys, argv)
 
 
 # -- search
@@ -321,6 +463,23 @@ def test_the_documented_snippet_runs(stores, tmp_path, monkeypatch, capsys):
     assert len(names["alike"]) == 5
 
 
+def test_the_documented_commands_run(models, shop, run, monkeypatch):
+    source = Path(shop.source)
+    source.write_text(source.read_text(encoding="utf-8").replace("attr_Main colour", "attr_colour"), encoding="utf-8")
+    (shop.root / "runs").mkdir()
+    (shop.root / "runs" / "first").symlink_to(models["texts"])
+    draw(3).save(shop.root / "photo.jpg")
+    monkeypatch.chdir(shop.root)
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [shlex.split(line.replace("--data photos", "--data items.csv"))[1:] for line in lines]
+    (index,) = [argv for argv in commands if argv[0] == "index"]
+    assert f"{PHOTOS} items in shop.db" in run(*index)
+    answers = [found(run, *argv[1:]) for argv in commands if argv[0] == "search"]
+    assert [len(one) for one in answers] == [10, 5, 10, 10, 10]
+    assert [one[0]["item_id"] for one in answers[:3]] == ["item-03"] * 3
+
+
 def test_neither_teacher_nor_methods_are_imported_by_search(stores):
     shop = stores["photos"]
     code = (
@@ -364,14 +523,19 @@ def test_wrong_queries(models, stores, tmp_path, capsys):
 
 
 def test_wrong_stores(models, stores, shop, capsys, run):
-    photo, model = str(shop.root / "0.png"), models["photos"]
+    photo, model, half = str(shop.root / "0.png"), models["photos"], shop.root / "half.jsonl"
+    half.write_text(r'{"item_id": "x", "image": "0.png", "title": "t\ud800"}', encoding="utf-8")
     run("index", model, "--data", shop.source, "--out", shop.db)
     for argv, expected in [
         (
-            ["index", "--out", shop.db, "--delete", "item-01,item-77"],
+            ["index", "--out", shop.db, "--delete", "item-01", "item-77"],
             "The store has no item 'item-77'; give the item_id",
         ),
-        (["index", "--out", shop.db, "--delete", ","], "expected item_ids, separated by commas"),
+        (["index", "--out", shop.db, "--delete", "item-01,item-02"], "The store has no item 'item-01,item-02'"),
+        (["index", "--out", shop.db, "--delete", "item-01", "\udcff"], r"The store has no item '\udcff'"),
+        (["index", "--out", shop.db, "--delete"], "--delete was given without a value; expected one or more."),
+        (["index", "--out", shop.db, "--delete", "item-01", "--prune"], "Unknown flag --prune"),
+        (["index", model, "--data", str(half), "--out", shop.db], r"holds 't\ud800', which has half a character"),
         (["index", "--out", str(shop.root), "--delete", "a"], "is not a store"),
         (["index", model, "--data", shop.source, "--out", str(shop.root)], "exists and is not a store"),
         (["index", models["texts"], "--data", shop.source, "--out", shop.db], "holds vectors of"),
@@ -381,11 +545,13 @@ def test_wrong_stores(models, stores, shop, capsys, run):
     ]:
         assert expected in fails(capsys, argv)
     assert Store.open(shop.db).count() == PHOTOS
-    run("index", "--out", shop.db, "--delete", ",".join(sorted(shop.ids)))
+    run("index", "--out", shop.db, "--delete", *sorted(shop.ids))
     assert "has no items; index a catalogue into it first" in fails(capsys, ["search", shop.db, photo])
     card = Path(shop.db) / "store.json"
-    card.write_text(card.read_text().replace('"format": 1', '"format": 9'))
-    assert "was made by a newer fieldmark (layout 9, this one reads 1)" in fails(capsys, ["search", shop.db, photo])
+    card.write_text(card.read_text().replace(f'"format": {FORMAT}', '"format": 9'))
+    assert f"was made by a newer fieldmark (layout 9, this one reads {FORMAT})" in fails(
+        capsys, ["search", shop.db, photo]
+    )
 
 
 def test_a_model_that_was_trained_on_is_another_one(models, tmp_path, shop, run, capsys):
@@ -401,6 +567,14 @@ def test_a_model_that_was_trained_on_is_another_one(models, tmp_path, shop, run,
     assert "moving is not there; give the folder where it lies now by --model." in fails(
         capsys, ["search", shop.db, photo]
     )
+
+
+def test_doctor_shows_the_packages_of_the_extra(run):
+    wanted = [Requirement(line) for line in metadata.requires("fieldmark") if "extra == 'search'" in line]
+    shown = json.loads(run("doctor", "--json"))["versions"]
+    assert {one.name: shown.get(one.name) for one in wanted} == {one.name: metadata.version(one.name) for one in wanted}
+    assert "lancedb" in shown
+    assert re.search(rf"│ lancedb +│ +{re.escape(shown['lancedb'])} │", run("doctor"))
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(capsys, monkeypatch):

@@ -14,10 +14,11 @@ import pytest
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.search import store as store_module
-from fieldmark.search.card import NAME, StoredModel, model_fingerprint
+from fieldmark.search.card import FORMAT, NAME, StoredModel, model_fingerprint
 from fieldmark.search.nearest import index_nearest, measure_recall, scan_nearest
 from fieldmark.search.rows import attribute_columns, facts_hash
 from fieldmark.search.store import Store
+from helpers_cli import no_file_above
 
 DIM, ITEMS = 12, 240
 MODEL = StoredModel("/models/student", "f" * 64, DIM, texts=True)
@@ -152,6 +153,15 @@ def test_hybrid_search_joins_two_orders_by_reciprocal_rank(tmp_path, exact_up_to
     under_filter = store.search(query, 2, "stripes = 'none'", "zebra")
     assert ids(under_filter) == [name for name in expected if name != "item-004"][:2]
     assert ids(store.search(query, 14, text='walrus (AND "')) == by_vector  # no word found: the vector's order
+
+
+@pytest.mark.parametrize("kind", ["exact", "large"])
+def test_a_filter_that_nothing_passes_finds_nothing(request, kind):
+    store, nothing = request.getfixturevalue(kind), "label = 'no such class'"
+    assert store.search(np.ones(DIM), 5, nothing) == []
+    assert store.search(np.ones(DIM), 5, nothing, "bill") == []
+    assert store.search(np.ones(DIM), 5, nothing, "no such word") == []
+    assert store.similar("item-000", 5, nothing) == []
 
 
 def test_similar_items_leave_out_the_item_itself(exact):
@@ -340,6 +350,21 @@ def test_threads_search_whole_versions_while_one_writes(empty, monkeypatch):
     assert empty.count() == 50
 
 
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(empty):
+    fill(empty, 20)
+    with no_file_above(600):
+        for write in (lambda: fill(empty, 40), lambda: empty.delete(["item-001"]), empty.finish):
+            with pytest.raises(FieldmarkError, match=r"cannot be written \(.*File too large.*\); what it held before"):
+                write()
+        with pytest.raises(FieldmarkError, match="cannot be written"):
+            Store.create(empty.folder.with_name("other"), MODEL)
+        assert set(Store.open(empty.folder).hashes()) == {f"item-{number:03d}" for number in range(20)}
+    assert Store.create(empty.folder.with_name("other"), MODEL).count() == 0
+    fill(empty, 40)
+    empty.finish()
+    assert empty.count() == 40
+
+
 # -- what is refused
 
 
@@ -347,6 +372,8 @@ def test_a_store_remembers_its_model(empty):
     other = replace(MODEL, fingerprint="e" * 64, source="/models/other")
     with pytest.raises(FieldmarkError, match=r"holds vectors of /models/student .* not of /models/other"):
         Store.create(empty.folder, other)
+    with pytest.raises(FieldmarkError, match="holds photos embedded without titles; leave out --with_titles, or index"):
+        Store.create(empty.folder, MODEL, with_titles=True)
     moved = Store.create(empty.folder, replace(MODEL, source="/elsewhere"))
     assert moved.card.model.source == "/elsewhere"
     assert Store.open(empty.folder).card == moved.card
@@ -380,7 +407,7 @@ def test_folders_that_are_no_store(empty, tmp_path):
         Store.open(tmp_path / "nowhere")
     card = json.loads((empty.folder / NAME).read_text())
     for change, message in [
-        (card | {"format": 2}, r"made by a newer fieldmark \(layout 2, this one reads 1\); update fieldmark"),
+        (card | {"format": FORMAT + 1}, rf"newer fieldmark \(layout {FORMAT + 1}, this one reads {FORMAT}\); update"),
         (card | {"model": {}}, "damaged"),
         ([card], "damaged"),
         ({}, "damaged"),
@@ -451,6 +478,7 @@ def test_wrong_rows(empty):
         ([item(0)], some_vectors(3)[:2], ["h"], "1 items, 2 vectors and 1 photo hashes"),
         ([item(0)], np.ones((1, 3)), ["h"], f"A vector of 3 numbers was given; expected {DIM}"),
         ([item(0)], np.zeros((1, DIM)), ["h"], "length zero"),
+        ([item(0), item(1)], np.array([[1.0] * DIM, [np.nan] * DIM]), ["h", "h"], "NaN .* for the item 'item-001'"),
     ]:
         with pytest.raises(FieldmarkError, match=message):
             empty.add(rows, vectors, hashes)

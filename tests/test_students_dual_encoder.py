@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from fieldmark.errors import FieldmarkError
+from fieldmark.search.indexing import check_titles
 from fieldmark.students.build import load_student
 from fieldmark.students.dual_encoder import dual_encoder_student
 from fieldmark.students.multimodal import (
@@ -154,7 +156,9 @@ def test_a_mistake_is_one_sentence(checkpoints: dict[str, Path]) -> None:
     student = dual_encoder_student(checkpoints["clip"])
     siglip = dual_encoder_student(checkpoints["siglip"])
     long = "a title of a bird that has more tokens than the context"
+    titled = datasets.Dataset.from_dict({"item_id": ["a"], "title": ["a wren"]})
     cases = [
+        (lambda: check_titles(student, titled), "does not embed a photo together with a text; leave it out"),
         (lambda: tokenize_items(student, images=[photo(0)], texts=["a"]), "one or the other"),
         (lambda: tokenize_items(student, texts=["a", long]), f"reads {CONTEXT}"),
         (lambda: tokenize_items(siglip, texts=["a", long]), f"reads {CONTEXT}"),

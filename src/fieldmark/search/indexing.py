@@ -1,7 +1,8 @@
 """A catalogue into a store: what is new or changed is embedded, photos decoded by threads while the student works.
 
-A killed run loses what was embedded since the last write (10 seconds, or 2,048 items); the next one embeds what is
-missing. No item is lost or doubled: a write is whole or not at all, and one process writes at a time.
+A killed run loses what was embedded since the last write (10 seconds, 2,048 items, or 256 MiB of photos given as
+bytes); the next one embeds what is missing. No item is lost or doubled: a write is whole or not at all, and one process
+writes at a time.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fieldmark.students.items import embeds_both
 
 ROWS_A_WRITE = 2048
 SECONDS_A_WRITE = 10.0
+BYTES_A_WRITE = 2**28  # of photos given as bytes, which wait in memory
 ROWS_AT_ONCE = 256  # of a catalogue in memory, which for a catalogue of bytes are the photos themselves
 
 Row = dict[str, Any]
@@ -301,13 +303,15 @@ class _Writer:
         self.rows: list[Row] = []
         self.vectors: list[np.ndarray] = []
         self.hashes: list[str] = []
-        self.written = time.monotonic()
+        self.bytes, self.written = 0, time.monotonic()
 
     def add(self, rows: Sequence[Row], vectors: np.ndarray, hashes: Sequence[str]) -> None:
         self.rows += rows
         self.vectors.append(vectors)
         self.hashes += hashes
-        if len(self.rows) >= ROWS_A_WRITE or time.monotonic() - self.written > SECONDS_A_WRITE:
+        self.bytes += sum(len(row["image"]) for row in rows if isinstance(row["image"], bytes))
+        full = len(self.rows) >= ROWS_A_WRITE or self.bytes >= BYTES_A_WRITE
+        if full or time.monotonic() - self.written > SECONDS_A_WRITE:
             self.write()
 
     def write(self) -> None:

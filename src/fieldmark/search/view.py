@@ -78,7 +78,7 @@ class View:
         facts, vectors = self._rows(order["_rowid"].to_numpy())
         scores = vectors @ query
         keys = zip(-order["_relevance_score"].to_numpy(), -scores, facts[KEY].to_pylist(), range(len(facts)))
-        best = [place for *_, place in sorted(keys)][:k]
+        best = np.array([place for *_, place in sorted(keys)][:k], dtype=np.int64)  # typed, where there is none too
         return facts.take(best), scores[best]
 
     def by_id(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
