@@ -37,6 +37,8 @@ COLUMNS = (
     "coarse_map@10",
 )
 
+WITH = {"agcl": "agcl + distilled generator"}  # as `train afmrl` names it
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,13 +56,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.02)
     parser.add_argument("--tasks", nargs="+", help="what pairs show, see `fieldmark train agcl --help`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--loops", type=int, nargs="*", default=[0], help="seeds whose loop goes on to RAR and CIT")
+    parser.add_argument("--loops", type=int, nargs="+", default=[0], help="seeds that go on to RAR and CIT")
     parser.add_argument("--rar_steps", type=int, default=60)
     parser.add_argument("--queries", type=int, default=16)
-    parser.add_argument(
-        "--k", type=int, default=10, help="of the reward: the paper's 50 of 10^5 items is a lot of 10^3"
-    )
-    parser.add_argument("--rar_rate", type=float, default=5e-5)
+    parser.add_argument("--k", type=int, default=50, help="depth of the reward")
+    parser.add_argument("--rar_rate", type=float, default=3e-4)
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1, help="two processes of one thread beat one of two")
     given = parser.parse_args()
@@ -69,13 +69,14 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     shared = {"data": catalogue(given), "precision": "bf16"}
     made = cold_start(given, shared)
+    for seed in given.loops:
+        run_loop(given, shared | {"seed": seed}, made)
+    attributes = given.out / f"loop-{given.loops[0]}" / "2-attributes.parquet"
     for seed in given.seeds:
-        loop = run_loop(given, shared | {"seed": seed}, made)
-        for name, settings in controls(given).items():
-            own = embedder_settings(given) | {"attributes": str(given.out / "loop-0" / "2-attributes.parquet")}
+        for name, settings in embedders(given, seed).items():
+            own = embedder_settings(given) | {"attributes": str(attributes)}
             own |= shared | settings | {"student": given.student or given.teacher, "seed": seed}
             run(agcl.train, agcl.AgclConfig, given.out / f"{name}-{seed}", own)
-        print(f"seed {seed}: {loop}", flush=True)
     print(table(given))
 
 
@@ -126,29 +127,31 @@ def embedder_settings(given: argparse.Namespace) -> dict[str, Any]:
     return settings | ({"tasks": given.tasks} if given.tasks else {})
 
 
-def controls(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Rows that differ from AGCL in one setting."""
-    return {
+def embedders(given: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
+    """The rows that are one run of AGCL each; they differ in one setting. A loop has its own AGCL row."""
+    rows: dict[str, dict[str, Any]] = {
         "infonce": {"weights": "none"},
+        "agcl": {},
         "shuffled": {"weights": "shuffled"},
         "catalogue": {"attributes": "catalogue"},
     }
+    return {name: settings for name, settings in rows.items() if name != "agcl" or seed not in given.loops}
 
 
 def run_loop(given: argparse.Namespace, shared: dict[str, Any], made: str) -> Path:
-    """`train afmrl` from the shared generator; whole for the seeds of `--loops`, else to its AGCL row."""
+    """`train afmrl` from the shared generator."""
     settings = {
         "teacher": made,
         "cold_start": False,
         "student": given.student or given.teacher,
         "max_new_tokens": given.max_new_tokens,
-        "until": "cit" if shared["seed"] in given.loops else "agcl",
         "agcl_settings": embedder_settings(given),
         "rar_settings": {
             "max_steps": given.rar_steps,
             "queries_per_step": given.queries,
             "learning_rate": given.rar_rate,
             "k": given.k,
+            "lora_rank": 32,  # TRL copies no composed teacher for the KL term; adapters need no copy
             "per_device_batch": 64,
             "checkpoint_activations": False,
             "eval_items": 128,
@@ -168,10 +171,11 @@ def table(given: argparse.Namespace) -> str:
     """Mean and standard deviation over seeds of each row, `seeds` beside it."""
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in given.seeds:
-        for name in controls(given):
+        for name in embedders(given, seed):
             found = json.loads((given.out / f"{name}-{seed}" / "metrics.json").read_text())["after"]
             rows.setdefault(name, []).append(found)
-            rows.setdefault(f"{name}, queries with attributes", []).append(enriched(found))
+            rows.setdefault(WITH.get(name, f"{name}, attributes in queries"), []).append(enriched(found))
+    for seed in given.loops:
         for name, found in json.loads((given.out / f"loop-{seed}" / "metrics.json").read_text())["ladder"].items():
             rows.setdefault(name, []).append(found)
     lines = ["| | seeds | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]

@@ -49,6 +49,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--anchors", type=int, default=12)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--tau", type=float, default=0.03, help="at the start, also of the start's contrast; beta is 1 / tau"
+    )
     parser.add_argument("--weight", type=float, default=0.5, help="lambda of the rows with both losses")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(ROWS), help="rows to do")
@@ -80,6 +83,9 @@ def main() -> None:
                 "anchors_per_batch": arguments.anchors,
                 "max_steps": arguments.steps,
                 "learning_rate": arguments.learning_rate,
+                "temperature_learning_rate": 10 * arguments.learning_rate,
+                "tau": arguments.tau,
+                "beta": 1 / arguments.tau,
                 "preference_weight": arguments.weight,
                 "precision": "bf16",
                 "seed": seed,
@@ -112,7 +118,7 @@ def start(arguments: argparse.Namespace) -> str:
                 "max_steps": steps,
                 "learning_rate": arguments.start_rate,
                 "temperature_learning_rate": 1e-3,
-                "tau": 0.03,
+                "tau": arguments.tau,
                 "warmup": 0.1,
                 "precision": "bf16",
                 "save_steps": 50,

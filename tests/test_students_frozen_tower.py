@@ -44,7 +44,7 @@ def test_embeddings_are_the_same_and_each_photo_is_computed_once(student, monkey
     student.train()
     plain = embed(student, PHOTOS)
     computed = counting(student, monkeypatch)
-    with remembered_tower(student, TowerTokens(64)):
+    with remembered_tower(student.transformers_model, TowerTokens(64)):
         first, again = embed(student, PHOTOS), embed(student, [PHOTOS[2], PHOTOS[0], PHOTOS[2]])
         again.sum().backward()
     assert computed == [1] * 4
@@ -59,7 +59,7 @@ def test_embeddings_are_the_same_and_each_photo_is_computed_once(student, monkey
 
 def test_without_room_every_photo_is_computed_each_time(student, monkeypatch):
     computed = counting(student, monkeypatch)
-    with remembered_tower(student, TowerTokens(0)):
+    with remembered_tower(student.transformers_model, TowerTokens(0)):
         embed(student, PHOTOS[:2])
         embed(student, PHOTOS[:2])
     assert computed == [1] * 4
@@ -71,7 +71,7 @@ def test_the_tower_sees_in_eval_mode_and_a_trained_one_is_refused(student):
     student.train()
     modes: list[bool] = []
     hook = eyes[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    with remembered_tower(student, TowerTokens(64)):
+    with remembered_tower(student.transformers_model, TowerTokens(64)):
         embed(student, PHOTOS[:1])
     hook.remove()
     assert modes == [False]
@@ -79,7 +79,10 @@ def test_the_tower_sees_in_eval_mode_and_a_trained_one_is_refused(student):
     parameter = next(eyes[0].parameters())
     parameter.requires_grad_(True)
     try:
-        with pytest.raises(FieldmarkError, match="vision tower is trained"), remembered_tower(student, TowerTokens(64)):
+        with (
+            pytest.raises(FieldmarkError, match="vision tower is trained"),
+            remembered_tower(student.transformers_model, TowerTokens(64)),
+        ):
             pass
     finally:
         parameter.requires_grad_(False)
@@ -89,6 +92,6 @@ def test_the_tower_sees_in_eval_mode_and_a_trained_one_is_refused(student):
 def test_tokens_outlive_their_block(student, monkeypatch):
     computed, tokens = counting(student, monkeypatch), TowerTokens(64)
     for _ in range(2):
-        with remembered_tower(student, tokens):
+        with remembered_tower(student.transformers_model, tokens):
             embed(student, PHOTOS[:2])
     assert computed == [1] * 2

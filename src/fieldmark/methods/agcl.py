@@ -215,7 +215,7 @@ def train(config: AgclConfig) -> Path:
     out = check_folder(config, task.bad)
     # 3. The untrained student. The tower is frozen: each test photo passes it once in the whole run
     seen = TowerTokens(config.tower_memory_mb)
-    with remembered_tower(student, seen):
+    with remembered_tower(student.transformers_model, seen):
         before = measure(student, task, config)
     # 4. Loss: weights of the negatives by their attributes
     objective = make_objective(config, task)
@@ -241,11 +241,11 @@ def train(config: AgclConfig) -> Path:
         description="AGCL",
         objective=objective,
     )
-    with remembered_tower(student, TowerTokens(config.tower_memory_mb)):
+    with remembered_tower(student.transformers_model, TowerTokens(config.tower_memory_mb)):
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
     # 6. The trained student, its adapters merged; 7. run folder
     merge_lora(student)
-    with remembered_tower(student, seen):
+    with remembered_tower(student.transformers_model, seen):
         after = measure(student, task, config)
     save_results(out, student, before, after, started, method="agcl", seed=config.seed)
     return out

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +103,7 @@ class MapleConfig(RunConfig):
         groups: JSONL of groups (image_0, image_1, caption_0, caption_1) to measure; null makes them of the catalogue.
         mini_batch_size: items embedded at once by GradCache; 0 embeds a batch as a whole.
         photo_memory_mb: decoded photos kept between steps.
-        tower_memory_mb: tokens of the frozen tower kept between steps; of an mllm student.
+        tower_memory_mb: tokens of an mllm student's frozen tower kept between steps, and as much of the test photos'.
         teacher_dtype: precision of the teacher.
     """
 
@@ -259,8 +259,10 @@ def train(config: MapleConfig) -> Path:
     # 3. Student
     student = make_student(config)
     out = check_folder(config, task.bad)
-    # 4. The untrained student
-    before = measure(student, task, config)
+    # 4. The untrained student. The tower is frozen: each test photo passes it once in the whole run
+    seen = TowerTokens(config.tower_memory_mb)
+    with remembered(student, seen, config):
+        before = measure(student, task, config)
     # 5. Hard candidates, and the teacher's scores of them
     sets = mine(config, student, task.train)
     with this_process().main_process_first():  # the others find the teacher's answers in its file
@@ -286,12 +288,12 @@ def train(config: MapleConfig) -> Path:
         description="MAPLE",
         objective=objective,
     )
-    tokens = TowerTokens(config.tower_memory_mb)
-    with remembered_tower(student, tokens) if config.student_kind == "mllm" else nullcontext():
+    with remembered(student, TowerTokens(config.tower_memory_mb), config):
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
     # 7. The trained student, its adapters merged; 8. run folder: the teacher stays behind
     merge_lora(student)
-    after = measure(student, task, config)
+    with remembered(student, seen, config):
+        after = measure(student, task, config)
     if save_results(out, student, before, after, started, method="maple", seed=config.seed):
         # 9. Report
         write_image_text_report(out, student, task.train, before, after, witness)
@@ -315,6 +317,11 @@ def open_task(config: MapleConfig) -> ImageTextTask:
 def measure(student: SentenceTransformer, task: ImageTextTask, config: MapleConfig) -> MultimodalEvaluation:
     """Recall between photos and titles of the test part, group scores, modality gap."""
     return evaluate_multimodal(student, task.test, task.groups, batch_size=config.eval_batch_size)
+
+
+def remembered(student: SentenceTransformer, tokens: TowerTokens, config: MapleConfig) -> AbstractContextManager[None]:
+    """The block in which a photo's tokens are looked up; the tower of a dual encoder may be trained."""
+    return remembered_tower(student.transformers_model, tokens) if config.student_kind == "mllm" else nullcontext()
 
 
 def make_student(config: MapleConfig) -> SentenceTransformer:

@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +59,7 @@ from fieldmark.methods.trl_run import TrlRun, shared_arguments
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import load_student
 from fieldmark.students.enrich import enriched_text
+from fieldmark.students.frozen_tower import TowerTokens, remembered_tower
 from fieldmark.students.items import encode_items
 from fieldmark.teacher.attributes import AttributeSchema, load_schema, parse_attributes
 from fieldmark.teacher.model import Teacher
@@ -88,6 +90,7 @@ class RarConfig(RunConfig):
         freeze_tower: train the language model alone.
         gallery_size: training items that are searched, at most; a sample of whole products.
         eval_items: held-out items that are asked about before and after, at most.
+        tower_memory_mb: tokens kept between answers and steps, of each of the two frozen towers.
         patience_invalid: steps in a row without one valid answer after which the run stops.
         checkpoint_activations: recompute activations in the backward pass to save memory.
         use_vllm: let vLLM generate (install trl[vllm]).
@@ -114,6 +117,7 @@ class RarConfig(RunConfig):
     freeze_tower: bool = True
     gallery_size: int = 100_000
     eval_items: int = 256
+    tower_memory_mb: int = 1024
     patience_invalid: int = 20
     checkpoint_activations: bool = True
     use_vllm: bool = False
@@ -126,7 +130,7 @@ class RarConfig(RunConfig):
         super().__post_init__()
         counts = ("queries_per_step", "k", "per_device_batch", "lora_alpha", "gallery_size", "eval_items")
         refuse(self, (*counts, "max_new_tokens", "patience_invalid", "epsilon", "temperature"), above_zero=True)
-        refuse(self, ("beta", "lora_rank"))
+        refuse(self, ("beta", "lora_rank", "tower_memory_mb"))
         if self.group_size < 2:
             raise FieldmarkError(f"group_size is {self.group_size}; a group needs at least 2 answers to differ.")
         known = {field.name for field in fields(GRPOConfig) if field.name.startswith("vllm_")}
@@ -220,7 +224,11 @@ def train(config: RarConfig) -> Path:
         log_path=out / "log.jsonl",
         patience=config.patience_invalid,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
+    with ExitStack() as towers:
+        towers.enter_context(remembered_tower(student.transformers_model, TowerTokens(config.tower_memory_mb)))
+        if config.freeze_tower:
+            towers.enter_context(remembered_tower(teacher.model.model, TowerTokens(config.tower_memory_mb)))
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, out))
     # 6. The trained generator. In float32: a step of 1e-6 would be lost in the precision of most checkpoints
     if this_process().is_main_process:
         save_generator(trainer.model, teacher, out / "model", dtype=torch.float32)

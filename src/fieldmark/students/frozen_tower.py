@@ -1,6 +1,7 @@
 """A frozen vision tower computes each photo once: its tokens are kept while the language model behind it trains.
 
-MAPLE trains adapters on the language model alone (section 3), so a photo's tokens are the same in every step. Each
+MAPLE trains adapters on the language model alone (section 3), so a photo's tokens are the same in every step; in RAR
+they are the same for all answers of a group. Each
 photo runs by itself and in eval mode, so that its tokens depend neither on the photos beside it nor on when it is met
 first: a resumed run gets the same bits. (A network with batch statistics would, in training mode, also change them.)
 """
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from fieldmark.errors import FieldmarkError
@@ -32,17 +32,17 @@ class TowerTokens:
 
 
 @contextmanager
-def remembered_tower(student: SentenceTransformer, tokens: TowerTokens) -> Iterator[None]:
-    """Inside the block an image-text student looks up the tokens of photos that its tower has seen.
+def remembered_tower(model: Any, tokens: TowerTokens) -> Iterator[None]:
+    """Inside the block a multimodal LLM looks up the tokens of photos that its tower has seen.
 
     Args:
-        student: made of a multimodal LLM; everything but its language model is frozen.
+        model: the LLM without its head (a student's `transformers_model`, a teacher's `model.model`); its vision tower
+            and what joins it to the language model are frozen.
         tokens: where they are kept; of this tower alone.
 
     Raises:
         FieldmarkError: a parameter outside the language model is trained.
     """
-    model: Any = student.transformers_model
     eyes = [child for name, child in model.named_children() if name != "language_model"]
     if any(parameter.requires_grad for child in eyes for parameter in child.parameters()):
         raise FieldmarkError("The vision tower is trained here, so its tokens change; leave tower_memory_mb at 0.")
