@@ -124,7 +124,7 @@ USAGE = [
     (["evaluate", "m"], "--data is missing"),
     (["evaluate", "m", "--data", "d", "--split", "all"], "'all'; expected one of train, val, test"),
     (["evaluate", "m", "--data", "d", "--batch_size", "0"], "--batch_size was given 0; expected 1 or more"),
-    (["embed", "m", "--data", "d", "--out", "vectors.csv"], "expected the name of a .parquet file"),
+    (["embed", "m", "--data", "d", "--out", "vectors.csv"], "expected a name that ends in .parquet or .npy."),
     (["compare"], "RUNS is missing"),
     (["compare", "nowhere"], "The run nowhere does not exist"),
     (["doctor", "--jsn"], "did you mean --json?"),

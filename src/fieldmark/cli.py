@@ -22,6 +22,7 @@ COMMANDS = {
     "index": "embed a catalogue into a store that is searched",
     "search": "find items of a store by a photo, a text or both",
     "serve": "answer searches of a store over HTTP, with a page",
+    "export": "write a student as ONNX, OpenVINO or a sentence-transformers folder, with a model card",
     "label": "ask a teacher about a catalogue once: alignment scores, comparative captions, attributes",
     "build-teacher": "make a small teacher for a catalogue with attributes",
     "compare": "runs side by side: mean and spread over seeds",

@@ -147,14 +147,14 @@ class Checkpoint:
         nested = (self.json("processor_config.json") or {}).get("image_processor")
         for settings in (self.json("preprocessor_config.json"), nested):
             if settings and (settings.get("do_normalize") is False or "image_mean" in settings):
-                return _fold_rescaling(settings)
+                return fold_rescaling(settings)
         timm = (self.json("config.json") or {}).get("pretrained_cfg") or {}
         if "mean" in timm and "std" in timm:
             return ImageStatistics(tuple(timm["mean"]), tuple(timm["std"]))
         return None
 
 
-def _fold_rescaling(settings: dict[str, Any]) -> ImageStatistics:
+def fold_rescaling(settings: dict[str, Any]) -> ImageStatistics:
     """Mean and std that do the processor's rescaling too: x*factor - offset, minus mean, over std."""
     plain = settings.get("do_normalize") is False
     mean, std = ([0.0] * 3, [1.0] * 3) if plain else (settings["image_mean"], settings["image_std"])

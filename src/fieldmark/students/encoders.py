@@ -20,7 +20,11 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.students.packed import PACKED, PatchProjection
@@ -83,6 +87,8 @@ class QwenEncoder(Encoder):
     """
 
     position_ids: torch.Tensor
+    interp_indices: torch.Tensor
+    interp_weights: torch.Tensor
     window_index: torch.Tensor
 
     def __init__(self, model: nn.Module, resolution: int) -> None:
@@ -103,7 +109,24 @@ class QwenEncoder(Encoder):
             model.patch_embed.proj = PatchProjection(model.patch_embed.proj)  # type: ignore[union-attr]
         grid = torch.tensor([[1, side, side]])
         self.register_buffer("position_ids", get_vision_position_ids(grid, self.merge), persistent=False)
+        self._resample_positions(grid)
         self._divide_into_segments(grid)
+
+    def _resample_positions(self, grid: torch.Tensor) -> None:
+        """Where the patches of one image lie on Qwen3-VL's learned grid of positions."""
+        model: Any = self.model
+        self.learned_positions = getattr(self.config, "num_position_embeddings", None) is not None
+        if not self.learned_positions:
+            return
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=model.num_grid_per_side,
+            mode=model.interpolation_mode,
+            align_corners=model.interpolation_align_corners,
+            spatial_merge_size=self.merge,
+        )
+        self.register_buffer("interp_indices", indices, persistent=False)
+        self.register_buffer("interp_weights", weights, persistent=False)
 
     def _divide_into_segments(self, grid: torch.Tensor) -> None:
         """Tell each attention layer its windows: the whole image, or Qwen2.5-VL's windows where the config has them."""
@@ -132,8 +155,12 @@ class QwenEncoder(Encoder):
         """Positions of the packed batch; one segment over everything, which ``packed_attention`` divides itself."""
         packing = {
             "position_ids": self.position_ids.repeat(batch, 1),
-            "cu_seqlens": torch.tensor([0, batch * self.patches_per_image], dtype=torch.int32),
+            # A product, not a list of numbers: the batch is a symbol where the network is exported.
+            "cu_seqlens": torch.arange(2, dtype=torch.int32) * (batch * self.patches_per_image),
         }
+        if self.learned_positions:
+            packing["interp_indices"] = self.interp_indices.repeat(batch, 1)
+            packing["interp_weights"] = self.interp_weights.repeat(batch, 1)
         if self.windowed:
             offsets = torch.arange(batch, device=self.window_index.device)[:, None] * self.tokens_per_image
             packing["window_index"] = (self.window_index + offsets).flatten()
@@ -141,7 +168,7 @@ class QwenEncoder(Encoder):
         return packing
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        batch, side = len(pixels), self.resolution // self.patch
+        batch, side = pixels.shape[0], self.resolution // self.patch
         grid = torch.tensor([[1, side, side]], device=pixels.device).expand(batch, 3)
         # With any other attention (set_attn_implementation) the model must divide the sequence itself.
         packing = self._packing(batch) if self.config._attn_implementation == PACKED else {}
@@ -213,12 +240,17 @@ class Siglip2Encoder(PlainEncoder):
     """SigLIP 2 of flexible resolution: takes flattened patches (row, column, channel), their mask and the grid."""
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        batch, side = len(pixels), self.resolution // self.config.patch_size
-        split = pixels.reshape(batch, -1, *(side, self.config.patch_size) * 2)
-        patches = split.permute(0, 2, 4, 3, 5, 1).reshape(batch, side * side, -1)
-        mask = torch.ones(batch, side * side, dtype=torch.long, device=pixels.device)
-        shapes = torch.full((batch, 2), side, dtype=torch.long, device=pixels.device)
+        patches, mask, shapes = flat_patches(pixels, self.config.patch_size)
         return self.model(patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state, []
+
+
+def flat_patches(pixels: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, 3, R, R] -> what SigLIP 2 takes: patches [B, n, P*P*3], their mask [B, n], grids [B, 2]; n = (R / P)^2."""
+    batch, side = pixels.shape[0], pixels.shape[-1] // patch
+    split = pixels.reshape(batch, -1, *(side, patch) * 2)
+    patches = split.permute(0, 2, 4, 3, 5, 1).reshape(batch, side * side, -1)
+    mask = torch.ones(batch, side * side, dtype=torch.long, device=pixels.device)
+    return patches, mask, torch.full((batch, 2), side, dtype=torch.long, device=pixels.device)
 
 
 def is_qwen(config: PretrainedConfig) -> bool:

@@ -93,7 +93,10 @@ class AttentionPooling(TokenPooling):
             ``pooling_attention`` [B, N] (beta: float32, rows sum to 1, exactly 0 at masked tokens).
         """
         tokens = features["token_embeddings"]
-        scores = (tokens @ (self.query @ self.key_weight)).float() / math.sqrt(self.token_dim)
+        key = self.query @ self.key_weight
+        # Exported, the key is a matrix: onnxruntime fuses transposed tokens times a vector into a wrong product.
+        scores = (tokens @ key[:, None]).squeeze(-1) if torch.compiler.is_compiling() else tokens @ key
+        scores = scores.float() / math.sqrt(self.token_dim)
         mask = features.get("attention_mask")
         if mask is not None:
             # The least finite number, not -inf: a photo without any token gets a uniform row, never NaN.
