@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 uv run python benchmarks/serving.py --seconds 60
 
 Each client sends a photo, waits for its ten nearest items, and sends the next. The service and the clients are two
-processes of this machine, so the clients' own work is in the numbers. The student is a random vision transformer
-(`benchmarks/indexing.py`; the time is that of a trained one), the store holds generated photos. `bare` is the student
-alone on decoded photos, 32 at once, in this process, before and after: what no service could pass.
+processes of this machine, so the clients' own work is in the numbers. The student is that of `--model`, else a random
+vision transformer (`benchmarks/indexing.py`; the time is that of a trained one); the store holds generated photos.
+`bare` is the student alone on decoded photos, 32 at once, in this process, before and after: no service could pass it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,22 @@ from fieldmark.commands.console import quiet_libraries
 from fieldmark.search.embedding import PhotoReader, describe_model, embed
 from fieldmark.search.indexing import index_catalog
 from fieldmark.search.store import Store
+from fieldmark.students.build import load_student
 from indexing import NETWORKS, make_catalogue, make_student
 
 BARE_BATCH, BARE_PASSES, WARM = 32, 3, 16
 
 
-def make_store(folder: Path, network: str, photos: int, size: str) -> tuple[SentenceTransformer, list[Path]]:
+def make_store(
+    folder: Path, model: Path | None, network: str, photos: int, size: str
+) -> tuple[SentenceTransformer, list[Path]]:
     """A store at `folder`/db; returns its student and the photos' files."""
-    student = make_student(network, folder / "network")
-    student.save_pretrained(str(folder / "model"), create_model_card=False)
+    if model is None:
+        model = folder / "model"
+        make_student(network, folder / "network").save_pretrained(str(model), create_model_card=False)
+    student = load_student(model).eval()
     catalog = make_catalogue(folder / "photos", photos, size)
-    store = Store.create(folder / "db", describe_model(folder / "model", student))
+    store = Store.create(folder / "db", describe_model(model, student))
     index_catalog(store, student, catalog)
     store.finish()
     return student, sorted((folder / "photos").rglob("*.jpg"))
@@ -113,13 +118,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--model", type=Path, help="folder of a student, for example RUN/model")
     parser.add_argument("--network", choices=list(NETWORKS), default="vit-s")
     parser.add_argument("--photos", type=int, default=200)
     parser.add_argument("--size", default="640x480")
     options = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        student, paths = make_store(Path(folder), options.network, options.photos, options.size)
+        student, paths = make_store(Path(folder), options.model, options.network, options.photos, options.size)
         bare = bare_speed(student, paths)
         photos = [path.read_bytes() for path in paths]
         command = [sys.executable, "-m", "fieldmark", "serve", f"{folder}/db", "--port", "0"]

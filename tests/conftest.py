@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; what tests start inherits it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 

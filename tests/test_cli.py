@@ -610,5 +610,6 @@ def test_documented_python_runs(house, tmp_path, monkeypatch):
 def test_documented_test_command_is_what_the_integration_runs():
     root = Path(__file__).parents[1]
     commands = {line for file, block in documented("") if file == "README.md" for line in block.splitlines()}
-    assert "uv run pytest" in commands
-    assert "uv run pytest" in (root / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    command = "uv run pytest -n 2 --dist loadfile"
+    assert command in commands
+    assert command in (root / ".ci" / "run").read_text(encoding="utf-8").splitlines()

@@ -154,6 +154,20 @@ def test_a_photo_can_be_dropped_and_pasted(page):
     expect(page.locator("#results h3").first).to_have_text("blue bird number 5")
 
 
+def test_words_typed_before_the_page_is_ready_stay(browser, texts_base):
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.route("**/about", lambda route: time.sleep(1) or route.continue_())
+    page.goto(texts_base, wait_until="commit")
+    page.locator("#text").fill("number 13")
+    expect(page.locator("#start-title")).to_have_text("Or begin with one of these")
+    expect(page.locator("#text")).to_have_value("number 13")
+    page.locator("#text").press("Enter")
+    expect(page.locator("#found-title")).to_have_text("12 items for “number 13”")
+    context.close()
+
+
 def test_words_find_items(browser, texts_base):
     for page in opened(browser, texts_base):
         expect(page.locator("h1")).to_have_text("Search by photo or words")

@@ -18,7 +18,7 @@ COMMANDS = {
     "inspect": "what a catalogue holds, what is wrong with it, and what it can be used for",
     "train": "train a student by one of the methods",
     "evaluate": "measure a student on a catalogue",
-    "embed": "write a student's vectors of a catalogue to a Parquet file",
+    "embed": "write a student's vectors of a catalogue to a Parquet or .npy file",
     "index": "embed a catalogue into a store that is searched",
     "search": "find items of a store by a photo, a text or both",
     "serve": "answer searches of a store over HTTP, with a page",

@@ -153,7 +153,7 @@ def _print_variants(about: dict[str, Any]) -> None:
         for one in found["measured"]
     ]
     columns = ("weights", "numbers", "recall@1", "95 % interval over queries", "loss, points")
-    print_table(f"{found['queries']:,} test photos of {found['source']}", columns, rows)
+    print_table(f"{found['queries']:,} queries on the test photos of {found['source']}", columns, rows)
     if "int8" in about:
         int8 = about["int8"]
         _say(

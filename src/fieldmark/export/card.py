@@ -250,8 +250,8 @@ def _checked(about: Mapping[str, Any]) -> str:
             for one in variants["measured"]
         )
         lines.append(
-            f"Recall@1 on the {variants['queries']:,} test photos of `{variants['source']}`, exact; shorter vectors "
-            "are the first numbers, normalised again. Loss in percentage points.\n\n"
+            f"Recall@1 of {variants['queries']:,} queries on the test photos of `{variants['source']}`, exact; shorter "
+            "vectors are the first numbers, normalised again. Loss in percentage points.\n\n"
             f"| weights | numbers | Recall@1 | 95 % over queries | loss |\n| --- | --- | --- | --- | --- |\n{rows}"
         )
     int8 = about.get("int8")

@@ -242,11 +242,11 @@ def _measure(task: ExportTask, test: datasets.Dataset, folder: Path) -> dict[str
             "threads": torch.get_num_threads(),
             "batch_size": task.batch_size,
         }
-    measured = variants.measure(vectors, test, task.dims)
+    measured, queries = variants.measure(vectors, test, task.dims)
     about["variants"] = {
         "source": task.source,
         "split": "test",
-        "queries": sum(role != "gallery" for role in test["role"]),
+        "queries": queries,
         "measured": [one.as_dict() for one in measured],
     }
     return about

@@ -76,8 +76,8 @@ def check_measurable(test: datasets.Dataset) -> None:
         )
 
 
-def measure(vectors: dict[str, np.ndarray], test: datasets.Dataset, dims: Sequence[int]) -> list[Variant]:
-    """Recall@1 of whole and of cut vectors.
+def measure(vectors: dict[str, np.ndarray], test: datasets.Dataset, dims: Sequence[int]) -> tuple[list[Variant], int]:
+    """Recall@1 of whole and of cut vectors, and the number of queries it is the mean of.
 
     Args:
         vectors: `float32` first, and `int8` where there is one; each [N, D], rows as in the catalogue.
@@ -86,13 +86,14 @@ def measure(vectors: dict[str, np.ndarray], test: datasets.Dataset, dims: Sequen
     """
     labels, roles = list(test["label"]), list(test["role"])
     found: list[Variant] = []
+    queries = 0
     for name, whole in vectors.items():
         for dim in (whole.shape[1], *dims):
             hits = retrieval_per_query(cut(whole, dim), labels, roles=roles, k=0).values((1,))["recall@1"]
-            recall = float(hits.mean())
+            recall, queries = float(hits.mean()), len(hits)
             loss = 100 * (found[0].recall - recall) if found else 0.0
             found.append(Variant(name, dim, recall, bootstrap_interval(hits), loss))
-    return found
+    return found, queries
 
 
 def cut(vectors: np.ndarray, dim: int) -> np.ndarray:

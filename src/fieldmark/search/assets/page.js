@@ -411,7 +411,9 @@ async function open() {
   }
   asked.push({query, filters: {}});
   history.replaceState({number: 0}, "");
+  const typed = $("text").value;  // somebody may have been quicker
   start(query, {push: false});
+  $("text").value = typed;
 }
 const ready = open().then(() => true, (error) => {
   fail(error);
