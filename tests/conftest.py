@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; what tests 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import transformers
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +21,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def loud_libraries() -> Iterator[None]:
+    """Commands quieten the libraries for the whole process; afterwards they speak again."""
+    yield
+    transformers.utils.logging.set_verbosity_warning()

@@ -6,9 +6,17 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fieldmark import cli
+
+
+def draw(seed: int) -> Image.Image:
+    """A small photo like no other."""
+    cells = np.random.default_rng(seed).integers(0, 256, (5, 4, 3)).astype(np.uint8)
+    return Image.fromarray(cells).resize((50, 40), Image.Resampling.BICUBIC)
 
 
 @contextmanager

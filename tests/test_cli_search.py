@@ -17,9 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import transformers
 from packaging.requirements import Requirement
-from PIL import Image
 
 from fieldmark import cli
 from fieldmark.errors import FieldmarkError
@@ -29,7 +27,7 @@ from fieldmark.search.store import Store
 from fieldmark.students.build import build_student, load_student
 from fieldmark.students.items import encode_items
 from fieldmark.students.multimodal import build_multimodal_student
-from helpers_cli import fails, no_file_above
+from helpers_cli import draw, fails, no_file_above
 from helpers_tiny import make_tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -37,19 +35,7 @@ BENCHMARK, DOCS = ROOT / "benchmarks" / "index_faults.py", ROOT / "docs" / "sear
 COLOURS, PHOTOS = ("red", "green", "blue"), 18
 FIELDS = ("item_id", "image", "label", "title", "split", "role", "attr_Main colour")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _loud_libraries():
-    """Commands quieten the libraries for the whole process."""
-    yield
-    transformers.utils.logging.set_verbosity_warning()
-
-
-def draw(seed: int) -> Image.Image:
-    cells = np.random.default_rng(seed).integers(0, 256, (5, 4, 3)).astype(np.uint8)
-    return Image.fromarray(cells).resize((50, 40), Image.Resampling.BICUBIC)
+pytestmark = pytest.mark.usefixtures("one_thread", "loud_libraries")
 
 
 class Shop:

@@ -24,32 +24,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import transformers
-from PIL import Image
 
 from fieldmark import cli
 from fieldmark.search.store import Store
 from fieldmark.students.build import build_student, load_student
-from helpers_cli import fails, no_file_above
+from helpers_cli import draw, fails, no_file_above
 from helpers_tiny import make_tiny_teacher
 
 DOCS = Path(__file__).parents[1] / "docs" / "stores.md"
 PHOTOS, CLASSES, QUERIES, K = 240, 6, 5, 10
 SEPARATED = 1e-5  # cosines further apart than this are in the same order whoever computes them
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _loud_libraries():
-    """Commands quieten the libraries for the whole process."""
-    yield
-    transformers.utils.logging.set_verbosity_warning()
-
-
-def draw(seed: int) -> Image.Image:
-    cells = np.random.default_rng(seed).integers(0, 256, (5, 4, 3)).astype(np.uint8)
-    return Image.fromarray(cells).resize((50, 40), Image.Resampling.BICUBIC)
+pytestmark = pytest.mark.usefixtures("one_thread", "loud_libraries")
 
 
 def blocks(kind: str, heading: str = "") -> list[str]:

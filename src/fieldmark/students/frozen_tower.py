@@ -1,9 +1,9 @@
 """A frozen vision tower computes each photo once: its tokens are kept while the language model behind it trains.
 
 MAPLE trains adapters on the language model alone (section 3), so a photo's tokens are the same in every step; in RAR
-they are the same for all answers of a group. Each
-photo runs by itself and in eval mode, so that its tokens depend neither on the photos beside it nor on when it is met
-first: a resumed run gets the same bits. (A network with batch statistics would, in training mode, also change them.)
+they are the same for all answers of a group. Each photo runs by itself and in eval mode, so that its tokens depend
+neither on the photos beside it nor on when it is met first: a resumed run gets the same bits. (A network with batch
+statistics would, in training mode, also change them.)
 """
 
 from __future__ import annotations
