@@ -6,6 +6,7 @@ such a machine `--threads 1` and the ratios of CPU seconds are the ones to trust
 
     uv run python benchmarks/align.py --threads 1 --repeats 5
     uv run python benchmarks/align.py --model 0.3b --threads 1 --repeats 3 --photos 4
+    uv run python benchmarks/align.py --model 0.3b --resolution 448 --device cuda
 
 - shared: the tower once a photo, the question up to its text once a photo (`fieldmark.teacher.align`).
 - one by one: the processor and the teacher's public forward for each pair, as its model card shows it.
@@ -118,7 +119,7 @@ def public_inputs(teacher: Teacher, images: list[Image.Image], texts: list[str])
         padding=True,
         padding_side="left",
         return_tensors="pt",
-    )
+    ).to(teacher.model.device)
 
 
 @torch.no_grad()
@@ -164,7 +165,7 @@ def measure(teacher: Teacher, photos: int, repeats: int, resolution: int) -> dic
     for turn in range(repeats):
         for name, way in ways.items():
             start, start_cpu = time.perf_counter(), time.process_time()
-            way()
+            way().cpu()
             wall[name].append(time.perf_counter() - start)
             cpu[name].append(time.process_time() - start_cpu)
         print(f"turn {turn + 1} of {repeats}", file=sys.stderr, flush=True)
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=DEFAULT_RESOLUTION, help="side of a photo in pixels")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -225,7 +227,9 @@ def main() -> None:
         config = teacher.model.config
         teacher = random_teacher(options.model, teacher.processor, config.image_token_id, config.video_token_id)
         name = f"random {options.model}"
-    result = measure(with_answers(teacher), options.photos, options.repeats, options.resolution)
+    teacher = with_answers(teacher)
+    teacher.model.to(options.device)
+    result = measure(teacher, options.photos, options.repeats, options.resolution)
     if options.json:
         print(json.dumps({"model": name, "threads": options.threads, **result}, indent=2))
     else:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fieldmark.errors import FieldmarkError
-from fieldmark.students.frozen_tower import TowerTokens, remembered_tower
+from fieldmark.students.frozen_tower import TowerTokens, digests, remembered_tower, sums_of_bits
 from fieldmark.students.items import tokenize_items
 from fieldmark.students.multimodal import build_multimodal_student
 from helpers_tiny import make_tiny_teacher
@@ -57,6 +57,16 @@ def test_embeddings_are_the_same_and_each_photo_is_computed_once(student, monkey
     assert computed[4:] == [2], "behind the block the tower runs as before"
 
 
+def test_new_photos_of_a_batch_are_computed_together_where_asked_for(student, monkeypatch):
+    plain = embed(student, PHOTOS)
+    computed = counting(student, monkeypatch)
+    with remembered_tower(student.transformers_model, TowerTokens(64, at_once=2)):
+        embed(student, PHOTOS[:1])
+        found = embed(student, [PHOTOS[3], *PHOTOS, PHOTOS[0]])
+    assert computed == [1, 2, 1], "four photos, one of them seen before, one twice in the batch"
+    torch.testing.assert_close(found, plain[[3, 0, 1, 2, 3, 0]], atol=1e-5, rtol=0)
+
+
 def test_without_room_every_photo_is_computed_each_time(student, monkeypatch):
     computed = counting(student, monkeypatch)
     with remembered_tower(student.transformers_model, TowerTokens(0)):
@@ -95,3 +105,17 @@ def test_tokens_outlive_their_block(student, monkeypatch):
         with remembered_tower(student.transformers_model, tokens):
             embed(student, PHOTOS[:2])
     assert computed == [1] * 2
+
+
+@pytest.mark.parametrize("fingerprint", [digests, sums_of_bits])
+def test_fingerprints_tell_photos_apart_by_every_bit(fingerprint):
+    photo = torch.randn(40, 24)
+    one_bit = photo.clone()
+    one_bit.view(torch.int32)[7, 3] ^= 1
+    swapped = photo[torch.tensor([1, 0, *range(2, 40)])]
+    other_shape = torch.cat([photo, torch.zeros(1, 24)])
+    photos = [photo, one_bit, swapped, -photo, other_shape, torch.randn(40, 24)]
+    found = fingerprint(photos)
+    assert len(set(found)) == len(photos)
+    assert fingerprint([p.clone() for p in photos[::-1]]) == found[::-1]
+    assert fingerprint(photos[:1]) == found[:1], "the same alone"

@@ -42,8 +42,8 @@ def parse(
         description: what the command does.
         positional: fields given by position; a list takes one or more.
         switches: boolean fields given without a value, such as `--json`.
-        several: fields of texts given as one or more words behind the flag, which may be repeated. Each word is taken
-            as it stands, so that it may hold commas, brackets and spaces.
+        several: lists given as one or more words behind the flag. A text is taken as it stands, so that it may hold
+            commas, brackets and spaces, and the flag of a list of texts may be repeated.
         config_file: whether `--config FILE.yaml` gives defaults for the flags.
 
     Raises:
@@ -54,30 +54,35 @@ def parse(
     if config_file:
         parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     hints = typing.get_type_hints(options)
+    of_texts = {name for name in several if hints[name] == list[str]}
     help_texts = field_help(options)
     for field in fields(options):  # type: ignore[arg-type]
         text = help_texts.get(field.name, "").replace("%", "%%")
+        given = field.default if field.default_factory is MISSING else field.default_factory()
+        default: dict[str, Any] = {"required": True} if given is MISSING else {"default": given}
         if field.name in switches:
             parser.add_argument(f"--{field.name}", action="store_true", help=text)
-        elif field.name in several:
-            parser.add_argument(f"--{field.name}", type=str, nargs="+", action="extend", required=True, help=text)
+        elif field.name in of_texts:
+            parser.add_argument(f"--{field.name}", type=str, nargs="+", action="extend", help=text, **default)
         elif field.name in positional:
             many = {"nargs": "+", "type": str} if typing.get_origin(hints[field.name]) is list else {"type": str}
             parser.add_argument(field.name, help=text, **many)
         else:
-            given = field.default if field.default_factory is MISSING else field.default_factory()
-            default: dict[str, Any] = {"required": True} if given is MISSING else {"default": given}
             parser.add_argument(f"--{field.name}", type=hints[field.name], help=text, **default)
     try:
-        values = parser.parse_args(_bracketed(argv, hints, several)).as_dict()
+        values = parser.parse_args(_bracketed(argv, hints, several, of_texts)).as_dict()
     except ArgumentError as error:
         raise FieldmarkError(_sentence(str(error), hints, positional, prog)) from error
     return options(**{field.name: values[field.name] for field in fields(options)})  # type: ignore[arg-type]
 
 
-def _bracketed(argv: Sequence[str], hints: dict[str, Any], several: Collection[str]) -> list[str]:
-    """The arguments with `--ks 1,10` written as `--ks [1,10]`, which is how jsonargparse takes a list."""
-    lists = {f"--{name}" for name, hint in hints.items() if _is_list(hint) and name not in several}
+def _bracketed(
+    argv: Sequence[str], hints: dict[str, Any], several: Collection[str], of_texts: Collection[str]
+) -> list[str]:
+    """The arguments with `--ks 1,10` written as `--ks [1,10]`, which is how jsonargparse takes a list, and so is
+    `--dims 64 32` where a list may be several words."""
+    lists = {f"--{name}" for name, hint in hints.items() if _is_list(hint) and name not in of_texts}
+    joined = lists & {f"--{name}" for name in several}
     written: list[str] = []
     for word in argv:
         flag, equals, value = word.partition("=")
@@ -85,6 +90,8 @@ def _bracketed(argv: Sequence[str], hints: dict[str, Any], several: Collection[s
             word = f"{flag}=[{value}]"
         elif written and written[-1] in lists and not word.startswith(("[", "-")) and word != "null":
             word = f"[{word}]"
+        elif written[-2:-1] and written[-2] in joined and not word.startswith("-"):
+            word = f"{written.pop()[:-1]},{word}]"
         written.append(word)
     return written
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,6 @@ from fieldmark.data.options import CatalogOptions, read_catalog
 from fieldmark.errors import FieldmarkError
 
 DRAWN = "aviary:1"
-LISTS = ("--dims", "--runs")
 
 
 @dataclass
@@ -54,12 +51,13 @@ def run(argv: list[str]) -> None:
     """Writes the export, and prints how far it is from the student and what its variants lose."""
     options = parse(
         ExportOptions,
-        _listed(argv),
+        argv,
         prog="fieldmark export",
         description="Writes a student as ONNX, OpenVINO or a sentence-transformers folder, checked against itself, "
         "with a model card.",
         positional=("model",),
         switches=("int8", "json"),
+        several=("dims", "runs"),
     )
     positive("batch_size", options.batch_size)
     if not (options.tolerance >= 0 and math.isfinite(options.tolerance)):
@@ -99,24 +97,6 @@ def run(argv: list[str]) -> None:
         print_json(about)
     else:
         _print(about, out)
-
-
-def _listed(argv: Sequence[str]) -> list[str]:
-    """The arguments with `--dims 256 128` and `--runs A B` as one word each, which is how `parse` takes a list."""
-    written: list[str] = []
-    words: list[str] | None = None
-    for word in argv:
-        if word.startswith("--"):
-            words = [] if word in LISTS else None
-            written.append(word)
-        elif words is None or word.startswith("["):
-            written.append(word)
-        else:
-            if words:
-                written.pop()
-            words += word.split(",") if written[-1] == "--dims" else [word]
-            written.append(f"[{','.join(words)}]" if written[-1] == "--dims" else json.dumps(words))
-    return written
 
 
 def _print(about: dict[str, Any], out: Path) -> None:

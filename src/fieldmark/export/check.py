@@ -13,7 +13,8 @@ from fieldmark.data.photos import PhotoRef
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.student import embed_photos
 from fieldmark.export.preprocessing import Preprocessing
-from fieldmark.students.items import encode_items
+from fieldmark.export.texts import context_of
+from fieldmark.students.items import embeds_both, encode_items
 
 Runner = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 T = TypeVar("T")
@@ -44,11 +45,20 @@ def photos_of(catalog: datasets.Dataset) -> list[PhotoRef]:
 def texts_of(student: SentenceTransformer, catalog: datasets.Dataset) -> list[str]:
     """Texts to check with: titles that fit into the student's context, or a few of our own."""
     titles = [title for title in dict.fromkeys(catalog["title"][:]) if title]
-    first: Any = student[0]
-    limit = first.config.get_text_config().max_position_embeddings
     known = [text for text in spread_over(titles, CHECKED) if text] or list(TEXTS)
-    fitting = [text for text in known if len(first.tokenizer(text)["input_ids"]) <= limit]
-    return fitting or ["a"]
+    return [text for text in known if _fits(student, text)] or ["a"]
+
+
+def _fits(student: SentenceTransformer, text: str) -> bool:
+    """Whether a text is no longer than the student's context, nor holds control tokens of a multimodal LLM, which the
+    student reads as plain text and a `tokenizer.json` does not."""
+    first: Any = student[0]
+    limit = context_of(student)
+    if not embeds_both(student):
+        return len(first.tokenizer(text)["input_ids"]) <= limit
+    if any(token in text for token in first.tokenizer.added_tokens_encoder):
+        return False
+    return student.preprocess([{"text": text}])["input_ids"].shape[1] <= limit
 
 
 def in_batches(items: Sequence[T]) -> Iterator[list[T]]:

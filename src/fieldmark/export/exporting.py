@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from fieldmark.data.catalog import select_split
 from fieldmark.data.photos import open_photo
@@ -28,7 +29,7 @@ from fieldmark.export.packages import require, versions
 from fieldmark.export.preprocessing import Preprocessing
 from fieldmark.export.provenance import Provenance
 from fieldmark.export.sentence_transformers_folder import Loading, encode_elsewhere, square_side, write_folder
-from fieldmark.export.texts import TOKENIZER, TextReader, write_tokenizer
+from fieldmark.export.texts import NOTHING, TOKENIZER, TextReader, around_texts, context_of, write_tokenizer
 from fieldmark.progress import JobProgress
 from fieldmark.students.items import encode_items, is_multimodal
 
@@ -125,32 +126,34 @@ def _write_graph(task: ExportTask, folder: Path) -> dict[str, Any]:
                 path.unlink()
         return folder / f"{name}{suffix}"
 
-    file = write(photo_side_of(student), "model")
+    side = photo_side_of(student)
+    file = write(side, "model")
     photos = check.photos_of(task.catalog)
     largest = check.photo_difference(student, open_graph(file), Preprocessing.of(student), photos)
     check.refuse_difference(largest, task.tolerance, "photo network")
     about: dict[str, Any] = {
         "file": file.name,
-        "inputs": {"pixel_values": {"dtype": "float32", "shape": ["batch", 3, *[Preprocessing.of(student).side] * 2]}},
+        "inputs": {name: {"dtype": "float32", "shape": side.shape(name)} for name in side.inputs},
         "check": _check(task, "float32", "onnxruntime" if task.kind == "onnx" else "openvino", photos, largest),
     }
-    side = text_side_of(student)
-    if side is None:
+    text_side = text_side_of(student)
+    if text_side is None:
         return about
-    if not write_tokenizer(student, side, folder / TOKENIZER):
+    if not write_tokenizer(student, text_side, folder / TOKENIZER):
         about["texts_left_out"] = "the tokenizer is Python code of transformers and has no tokenizer.json"
         return about
-    file, read = write(side, "text_model"), TextReader(folder / TOKENIZER, list(side.inputs))
+    around = around_texts(student)
+    file, read = write(text_side, "text_model"), TextReader(folder / TOKENIZER, list(text_side.inputs), around)
     texts = check.texts_of(student, task.catalog)
     largest = check.text_difference(student, open_graph(file), read, texts)
     check.refuse_difference(largest, task.tolerance, "text network")
     about["texts"] = {
         "file": file.name,
         "tokenizer": TOKENIZER,
-        "inputs": {
-            name: {"dtype": "int64", "shape": ["batch", example.shape[1]]} for name, example in side.inputs.items()
-        },
+        "inputs": {name: {"dtype": "int64", "shape": text_side.shape(name)} for name in text_side.inputs},
     }
+    if around != NOTHING:
+        about["texts"] |= {**around._asdict(), "context": context_of(student)}
     about["check"]["texts"] = {"count": len(texts), "largest_difference": largest}
     return about
 
@@ -271,5 +274,6 @@ def _network(student: SentenceTransformer) -> tuple[str, str | None, int]:
     config = first.config if is_multimodal(student) else first.encoder.config
     name = getattr(config, "architecture", None) or type(config).model_type
     if is_multimodal(student):
-        return name, None, parameters
+        pooling: Any = student[1] if len(student) > 1 else None
+        return name, str(pooling.pooling_mode) if isinstance(pooling, Pooling) else None, parameters
     return name, type(student[1]).__name__.removesuffix("Pooling").lower(), parameters

@@ -1,8 +1,9 @@
 """The networks of a student that become graphs: normalised pixels or token ids in, unit vectors out, for any batch.
 
 A photo is a square of the student's own resolution. The packed towers of Qwen-VL take it too: their grid of patches is
-fixed then, and cutting the square into patches is a part of the graph. Texts are padded to the length of the student's
-context, and so is every row of token ids.
+fixed then, and cutting the square into patches is a part of the graph. A dual encoder's texts are padded to the length
+of its context, and so is every row of token ids; those of a student made of a multimodal LLM, whose context is long, to
+the longest of the batch.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
-from fieldmark.errors import FieldmarkError
+from fieldmark.export.mllm import PhotoNetwork
 from fieldmark.export.preprocessing import Preprocessing
 from fieldmark.students.encoders import flat_patches
-from fieldmark.students.items import is_multimodal
+from fieldmark.students.items import embeds_both, is_multimodal, tokenize_items
 
 EMBEDDING = "embedding"
+BATCH, LENGTH = "batch", "length"
 
 
 @dataclass(frozen=True)
@@ -31,44 +33,51 @@ class Side:
 
     Attributes:
         network: takes the inputs in their order, gives [B, D] float32 of length 1.
-        inputs: name -> an example [2, ...]; only the first dimension may be another one in use.
+        inputs: name -> an example [2, ...].
+        axes: names of the first dimensions, which may be others in use; the rest is as in the example.
     """
 
     network: nn.Module
     inputs: dict[str, Tensor]
+    axes: tuple[str, ...] = (BATCH,)
+
+    def shape(self, name: str) -> list[int | str]:
+        """Dimensions of an input: numbers, and names where they may be others."""
+        return [*self.axes, *self.inputs[name].shape[len(self.axes) :]]
 
 
 def photo_side_of(student: SentenceTransformer) -> Side:
     """Photos: `pixel_values` [B, 3, R, R] float32, see `Preprocessing`.
 
     Raises:
-        FieldmarkError: the student is made of a multimodal LLM.
+        FieldmarkError: as `PhotoNetwork`, for a student made of a multimodal LLM.
     """
-    if "message" in _modalities(student):
-        raise FieldmarkError(
-            "A student made of a multimodal LLM is not exported as a graph, since photo, prompt and text share its "
-            "token sequence; give --to sentence-transformers."
-        )
     side = Preprocessing.of(student).side
-    return Side(_Network(student, "image", ("pixel_values",)), {"pixel_values": torch.zeros(2, 3, side, side)})
+    network = PhotoNetwork(student, side) if embeds_both(student) else _Network(student, "image", ("pixel_values",))
+    return Side(network, {"pixel_values": torch.zeros(2, 3, side, side)})
 
 
 def text_side_of(student: SentenceTransformer) -> Side | None:
-    """Texts: `input_ids` [B, T] int64 and, for CLIP, `attention_mask` [B, T] int64; None for a student of photos."""
+    """Texts: `input_ids` [B, T] int64 and, but for SigLIP, `attention_mask` [B, T] int64; None for a student of photos.
+
+    T is the context of a dual encoder, and any length for a student made of a multimodal LLM.
+    """
     if not is_multimodal(student):
         return None
-    encoded = text_tokenizer(student)(["a", "b"], return_tensors="pt")
+    both = embeds_both(student)
+    encoded = tokenize_items(student, texts=["a", "a b"]) if both else _padded(student, ["a", "b"])
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
-    return Side(_Network(student, "text", tuple(inputs)), inputs)
+    network = _Network(student, "message" if both else "text", tuple(inputs))
+    return Side(network, inputs, (BATCH, LENGTH) if both else (BATCH,))
 
 
-def text_tokenizer(student: SentenceTransformer) -> Any:
-    """Texts to rows of one length, as the student itself would tokenize them but for the padding of CLIP."""
+def _padded(student: SentenceTransformer, texts: list[str]) -> Any:
+    """Rows of one length, as a dual encoder itself would tokenize texts but for the padding of CLIP."""
     first: Any = student[0]
     options = dict(first.processing_kwargs.get("text", {}))
     length = options.pop("max_length", first.config.text_config.max_position_embeddings)
     options |= {"padding": "max_length", "max_length": length, "truncation": True}
-    return lambda texts, **more: first.tokenizer(texts, **options, **more)
+    return first.tokenizer(texts, **options, return_tensors="pt")
 
 
 @contextmanager
@@ -114,8 +123,3 @@ class _Network(nn.Module):
         for part in self.parts:
             features = part(features)
         return features["sentence_embedding"]
-
-
-def _modalities(student: SentenceTransformer) -> list[Any]:
-    first: Any = student[0]
-    return first.modalities

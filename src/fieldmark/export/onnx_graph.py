@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from fieldmark.errors import FieldmarkError
-from fieldmark.export.networks import EMBEDDING, Side, one_grid
+from fieldmark.export.networks import BATCH, EMBEDDING, Side, one_grid
 
-BATCH = "batch"
 TAKEN = "embedding_of_positions"  # PyTorch may call a look-up in a table `embedding`, which is the output's name
 Method = Literal["dynamic", "static"]
 
@@ -26,14 +25,14 @@ def write_onnx(side: Side, path: Path) -> None:
     The file holds neither source lines nor paths, only the graph.
 
     Raises:
-        FieldmarkError: PyTorch cannot export this network for any batch.
+        FieldmarkError: PyTorch cannot export this network for any batch (or length).
     """
     example = tuple(side.inputs.values())
-    batch = torch.export.Dim(BATCH)
+    axes = {place: torch.export.Dim(name) for place, name in enumerate(side.axes)}
     with _quiet(), one_grid(side.network), torch.no_grad():
         try:
             exported = torch.export.export(
-                side.network, example, dynamic_shapes=(tuple({0: batch} for _ in example),), strict=False
+                side.network, example, dynamic_shapes=(tuple(axes for _ in example),), strict=False
             )
             program: Any = torch.onnx.export(exported, example, dynamo=True, verbose=False)
         except Exception as error:  # the exporter raises whatever the network's own code does to it
@@ -42,17 +41,17 @@ def write_onnx(side: Side, path: Path) -> None:
                 f"PyTorch cannot export this student to ONNX ({type(error).__name__}: {reason}); "
                 "give --to sentence-transformers."
             ) from error
-        _tidy(program.model, list(side.inputs))
+        _tidy(program.model, side)
         program.save(str(path))
 
 
-def _tidy(model: Any, names: list[str]) -> None:
-    """Names for inputs, output and batch; no source lines of the machine that exported it."""
+def _tidy(model: Any, side: Side) -> None:
+    """Names for inputs, output, batch and length; no source lines of the machine that exported it."""
     import onnx_ir
 
     graph = model.graph
-    for value, name in zip(graph.inputs, names, strict=True):
-        value.name, value.shape = name, onnx_ir.Shape([BATCH, *value.shape[1:]])
+    for value, name in zip(graph.inputs, side.inputs, strict=True):
+        value.name, value.shape = name, onnx_ir.Shape(side.shape(name))
         value.metadata_props.clear()
     (output,) = graph.outputs
     for node in graph:

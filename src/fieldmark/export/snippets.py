@@ -55,6 +55,12 @@ def snippets(kind: str, about: Mapping[str, Any]) -> str:
         "pixels and other vectors. Fieldmark also lays transparent photos over white and converts embedded colour "
         "profiles to sRGB."
     )
+    if texts and "before" in texts:
+        rest += (
+            " A text, which must not be empty, stands between `before` and `after`, with them at most "
+            f"{texts['context']:,} tokens; nothing is cut. Control tokens such as `<|im_end|>` would act as such: take "
+            "them out of texts that others wrote."
+        )
     if kind == "openvino":
         rest += " Without the hint OpenVINO may compute in bfloat16, which is not what was checked."
     return f"`pip install {packages}`, in this folder:\n\n```python\n{chr(10).join(code).rstrip()}\n```\n\n{rest}"
@@ -76,7 +82,12 @@ def _texts(kind: str, about: Mapping[str, Any]) -> str:
     texts = about["texts"]
     values = {"input_ids": "[row.ids for row in rows]", "attention_mask": "[row.attention_mask for row in rows]"}
     inputs = ", ".join(f'"{name}": np.int64({values[name]})' for name in texts["inputs"])
-    lines = f'rows = Tokenizer.from_file("{texts["tokenizer"]}").encode_batch(["a small bird with a red bill"])\n'
+    lines = f'tokenizer = Tokenizer.from_file("{texts["tokenizer"]}")\ntexts = ["a small bird with a red bill"]\n'
+    if "before" in texts:  # the chat around a text brings the special tokens
+        lines += 'chat = about["texts"]\ntexts = [chat["before"] + text + chat["after"] for text in texts]\n'
+        lines += "rows = tokenizer.encode_batch(texts, add_special_tokens=False)\n"
+    else:
+        lines += "rows = tokenizer.encode_batch(texts)\n"
     if kind == "onnx":
         return lines + (
             f'reader = onnxruntime.InferenceSession("{texts["file"]}", providers=["CPUExecutionProvider"])\n'
