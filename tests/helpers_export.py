@@ -28,6 +28,7 @@ from transformers import (
 
 from fieldmark.students.build import build_student
 from fieldmark.students.dual_encoder import dual_encoder_student
+from fieldmark.students.multimodal import build_multimodal_student
 from fieldmark.students.tower import VisionTower
 from helpers_tiny import byte_tokenizer, make_tiny_teacher
 
@@ -105,6 +106,25 @@ def make_dual_encoder(kind: str, root: Path) -> SentenceTransformer:
     model.save_pretrained(root / f"{kind}-base")
     processor.save_pretrained(root / f"{kind}-base")
     return dual_encoder_student(root / f"{kind}-base")
+
+
+def make_mllm(kind: str, root: Path, pooling: str = "mean", attention: str = "bidirectional") -> SentenceTransformer:
+    """An untrained student made of a multimodal LLM; Qwen2.5-VL's windows have four sizes."""
+    folder = root / f"{kind}-mllm"
+    if not folder.exists():
+        make_tiny_teacher(kind, folder)
+    resolution = {"qwen3_vl": SIDE, "qwen2_vl": 56, "qwen2_5_vl": 140, "llava": None}[kind]
+    student = build_multimodal_student(folder, pooling=pooling, attention=attention, resolution=resolution, lora_rank=0)
+    return student
+
+
+def cut_layers(student: SentenceTransformer) -> SentenceTransformer:
+    """A student made of a multimodal LLM with fewer layers, whose graph takes less time to be written (in place)."""
+    model: Any = student.transformers_model
+    model.language_model.layers = model.language_model.layers[:1]
+    if model.config.model_type == "qwen3_vl":
+        model.visual.blocks, model.visual.deepstack_visual_indexes = model.visual.blocks[:1], [0]
+    return student
 
 
 def finish_run(run: Path, seed: int = 0, model: SentenceTransformer | None = None, **settings: Any) -> Path:

@@ -21,6 +21,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from fieldmark import cli
+from fieldmark.commands.arguments import parse
+from fieldmark.commands.export import ExportOptions
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.retrieval import retrieval_metrics
 from fieldmark.export import check, exporting, variants
@@ -30,7 +32,6 @@ from fieldmark.export.onnx_graph import OnnxRunner, int8_method, write_onnx
 from fieldmark.export.preprocessing import Preprocessing
 from fieldmark.export.sentence_transformers_folder import Loading, encode_elsewhere, stock_student
 from fieldmark.students.build import load_student
-from fieldmark.students.multimodal import build_multimodal_student
 from fieldmark.students.pooling import AttentionPooling
 from helpers_cli import fails
 from helpers_export import CLASSES, PHOTOS, SIDE, finish_run, make_photos, make_student, python_of
@@ -359,6 +360,22 @@ def test_a_mistake_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "dims", "runs"),
+    [
+        (["--dims", "16", "8", "--runs", "a,b", "c [d]"], [16, 8], ["a,b", "c [d]"]),
+        (["--dims", "16,8", "--runs", "a", "--runs", "b"], [16, 8], ["a", "b"]),
+        (["--dims=16,8"], [16, 8], []),
+        (["--dims", "[16,8]"], [16, 8], []),
+        ([], [], []),
+    ],
+)
+def test_lists_are_words_behind_their_flag(given: list[str], dims: list[int], runs: list[str]) -> None:
+    argv = ["model", "--to", "onnx", "--out", "out", *given]
+    options = parse(ExportOptions, argv, prog="export", description="", positional=("model",), several=("dims", "runs"))
+    assert (options.dims, options.runs) == (dims, runs)
+
+
 def test_a_missing_package_names_the_extra(
     house: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,12 +384,6 @@ def test_a_missing_package_names_the_extra(
             patch.setitem(sys.modules, package, None)
             sentence = fails(capsys, ["export", str(house.run), "--to", kind, "--out", str(tmp_path / "out")])
         assert f'{package} is not installed; export to {kind} needs `pip install "fieldmark[export]"`' in sentence
-
-
-def test_a_multimodal_llm_is_refused_as_a_graph(house: SimpleNamespace) -> None:
-    student = build_multimodal_student(house.root / "qwen3_vl-base", lora_rank=0, resolution=SIDE)
-    with pytest.raises(FieldmarkError, match="give --to sentence-transformers"):
-        photo_side_of(student)
 
 
 def test_a_network_that_cannot_be_exported_is_one_sentence(tmp_path: Path) -> None:

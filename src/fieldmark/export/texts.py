@@ -76,8 +76,13 @@ def write_tokenizer(student: SentenceTransformer, side: Side, path: Path) -> boo
         tokenizer.no_truncation()  # it would cut the prompt off
     else:
         tokenizer.enable_truncation(length)
-    pad = first.tokenizer.pad_token
-    tokenizer.enable_padding(length=length, pad_id=first.tokenizer.pad_token_id, pad_token=pad)
+    side_of_padding = first.processing_kwargs.get("text", {}).get("padding_side", first.tokenizer.padding_side)
+    tokenizer.enable_padding(
+        direction=side_of_padding,
+        length=length,
+        pad_id=first.tokenizer.pad_token_id,
+        pad_token=first.tokenizer.pad_token,
+    )
     tokenizer.save(str(path))
     return True
 
