@@ -62,6 +62,9 @@ def main() -> None:
     parser.add_argument(
         "--tau", type=float, default=0.03, help="at the start, also of the start's contrast; beta is 1 / tau"
     )
+    parser.add_argument("--temperature_rate", type=float, help="of tau and beta; 10 x the learning rate if left out")
+    parser.add_argument("--warmup", type=float, default=0.025)
+    parser.add_argument("--lora_rank", type=int, default=32, help="and alpha")
     parser.add_argument("--weight", type=float, default=0.5, help="lambda of the rows with both losses")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(ROWS), help="rows to do")
@@ -98,7 +101,10 @@ def main() -> None:
                 "anchors_per_batch": arguments.anchors,
                 "max_steps": arguments.steps,
                 "learning_rate": arguments.learning_rate,
-                "temperature_learning_rate": 10 * arguments.learning_rate,
+                "temperature_learning_rate": arguments.temperature_rate or 10 * arguments.learning_rate,
+                "warmup": arguments.warmup,
+                "lora_rank": arguments.lora_rank,
+                "lora_alpha": arguments.lora_rank,
                 "tau": arguments.tau,
                 "beta": 1 / arguments.tau,
                 "preference_weight": arguments.weight,
