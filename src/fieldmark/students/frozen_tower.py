@@ -106,8 +106,8 @@ class _Memory:
 
 
 def digests(photos: Sequence[Tensor]) -> list[tuple[bytes]]:
-    """A digest of each photo's bytes; on the CPU."""
-    return [(hashlib.blake2b(photo.detach().numpy().tobytes(), digest_size=16).digest(),) for photo in photos]
+    """A digest of each photo's bytes."""
+    return [(hashlib.blake2b(photo.detach().cpu().numpy().tobytes(), digest_size=16).digest(),) for photo in photos]
 
 
 def sums_of_bits(photos: Sequence[Tensor]) -> list[tuple[int, ...]]:
