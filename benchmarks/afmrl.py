@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--student", help="multimodal LLM that becomes the embedder; the teacher where not given")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--titles", choices=("own", "two"), default="own")
+    parser.add_argument("--several", action="store_true", help="only items of products with several photos")
     parser.add_argument("--train", type=int, help="training items at most, drawn by a fixed seed")
     parser.add_argument("--test", type=int, help="test items at most, likewise")
     parser.add_argument("--generator_steps", type=int, default=240)
@@ -84,9 +86,14 @@ def catalogue(given: argparse.Namespace) -> str:
     """The source, or a table made of it."""
     most = {"train": given.train, "test": given.test}
     path = given.out / "catalog.jsonl"
-    if given.titles == "two":
+    if given.several or given.titles == "two":
         if not path.exists():
-            write_subset(load_catalog(given.data), path, most, retitle)
+            rows = load_catalog(given.data)
+            if given.several:
+                places = list(zip(rows["split"], rows["label"]))
+                counts = Counter(places)
+                rows = rows.select([i for i, place in enumerate(places) if counts[place] > 1])
+            write_subset(rows, path, most, retitle if given.titles == "two" else None)
     elif given.train or given.test:
         subset(given.data, path, most)
     else:

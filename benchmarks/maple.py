@@ -72,8 +72,10 @@ def main() -> None:
     parser.add_argument("--train", type=int, help="training items at most, drawn by a fixed seed")
     parser.add_argument("--test", type=int, help="test items at most, likewise")
     parser.add_argument("--scarce", action="store_true", help="one photo a species, titles of one or two marks")
+    parser.add_argument("--groups", type=int, default=GROUPS, help="drawn groups to measure on, with --scarce")
     parser.add_argument("--start_steps", type=int, nargs="+", help="steps of contrast on the teacher's items before")
     parser.add_argument("--start_rate", type=float, default=1.5e-3, help="their learning rate")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare photos beside the training")
     parser.add_argument("--threads", type=int, default=1, help="two processes of one thread beat one of two")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -85,7 +87,7 @@ def main() -> None:
     student = start(arguments) if arguments.start_steps else None
     groups = None
     if arguments.scarce:
-        data, groups = str(scarce(arguments)), str(write_groups(arguments.out / "groups.jsonl"))
+        data, groups = str(scarce(arguments)), str(write_groups(arguments.out, arguments.groups))
     for seed in arguments.seeds:
         for name in arguments.only or ROWS:
             out = arguments.out / f"{name}{arguments.tag}-{seed}"
@@ -109,6 +111,7 @@ def main() -> None:
                 "beta": 1 / arguments.tau,
                 "preference_weight": arguments.weight,
                 "precision": "bf16",
+                "workers": arguments.workers,
                 "seed": seed,
                 "resume": out.exists(),
             }
@@ -176,9 +179,10 @@ def say_little(place: int, row: dict[str, Any]) -> None:
         row["title"] = describe(row["attributes"], chosen, int(rng.integers(5)))
 
 
-def write_groups(path: Path) -> Path:
-    """The aviary's own groups, for a table that does not know them."""
-    path.write_text("".join(json.dumps(asdict(group)) + "\n" for group in aviary_groups("test", GROUPS)), "utf-8")
+def write_groups(folder: Path, count: int) -> Path:
+    """The aviary's own groups, for a table that does not know them; fewer are the first ones of more."""
+    path = folder / f"groups-{count}.jsonl"
+    path.write_text("".join(json.dumps(asdict(group)) + "\n" for group in aviary_groups("test", count)), "utf-8")
     return path
 
 
