@@ -38,6 +38,7 @@ COLUMNS = (
     "coarse_map@10",
 )
 
+ROWS = ("infonce", "agcl", "shuffled", "catalogue")
 WITH = {"agcl": "agcl + distilled generator"}  # as `train afmrl` names it
 
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.02)
     parser.add_argument("--tasks", nargs="+", help="what pairs show, see `fieldmark train agcl --help`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, help="rows to do beside the loops")
     parser.add_argument("--loops", type=int, nargs="+", default=[0], help="seeds that go on to RAR and CIT")
     parser.add_argument("--rar_steps", type=int, default=60)
     parser.add_argument("--queries", type=int, default=16)
@@ -76,6 +78,8 @@ def main() -> None:
     attributes = given.out / f"loop-{given.loops[0]}" / "2-attributes.parquet"
     for seed in given.seeds:
         for name, settings in embedders(given, seed).items():
+            if name not in given.only:
+                continue
             own = embedder_settings(given) | {"attributes": str(attributes)}
             own |= shared | settings | {"student": given.student or given.teacher, "seed": seed}
             run(agcl.train, agcl.AgclConfig, given.out / f"{name}-{seed}", own)
@@ -175,11 +179,14 @@ def run(method: Any, config: Any, out: Path, settings: dict[str, Any]) -> Path:
 
 
 def table(given: argparse.Namespace) -> str:
-    """Mean and standard deviation over seeds of each row, `seeds` beside it."""
+    """Mean and standard deviation of each row over the seeds that are done, `seeds` beside it."""
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in given.seeds:
         for name in embedders(given, seed):
-            found = json.loads((given.out / f"{name}-{seed}" / "metrics.json").read_text())["after"]
+            path = given.out / f"{name}-{seed}" / "metrics.json"
+            if not path.exists():
+                continue
+            found = json.loads(path.read_text())["after"]
             rows.setdefault(name, []).append(found)
             rows.setdefault(WITH.get(name, f"{name}, attributes in queries"), []).append(enriched(found))
     for seed in given.loops:
