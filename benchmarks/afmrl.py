@@ -96,7 +96,7 @@ def catalogue(given: argparse.Namespace) -> str:
             if given.several:
                 places = list(zip(rows["split"], rows["label"]))
                 counts = Counter(places)
-                rows = rows.select([i for i, place in enumerate(places) if counts[place] > 1])
+                rows = rows.select([i for i, place in enumerate(places) if place[1] is not None and counts[place] > 1])
             write_subset(rows, path, most, retitle if given.titles == "two" else None)
     elif given.train or given.test:
         subset(given.data, path, most)
