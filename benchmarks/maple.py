@@ -55,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", required=True)
+    parser.add_argument("--student", help="checkpoint that becomes the student; the teacher's if left out")
+    parser.add_argument("--student_kind", choices=("mllm", "dual"), default="mllm")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--anchors", type=int, default=12)
@@ -64,7 +66,9 @@ def main() -> None:
     )
     parser.add_argument("--temperature_rate", type=float, help="of tau and beta; 10 x the learning rate if left out")
     parser.add_argument("--warmup", type=float, default=0.025)
-    parser.add_argument("--lora_rank", type=int, default=32, help="and alpha")
+    parser.add_argument("--lora_rank", type=int, default=32, help="and alpha; 0 trains a dual encoder as a whole")
+    parser.add_argument("--captions", help="file of `fieldmark label captions` for the training photos")
+    parser.add_argument("--dedup_clusters", type=int, help="of SemDeDup, which is off if left out")
     parser.add_argument("--weight", type=float, default=0.5, help="lambda of the rows with both losses")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(ROWS), help="rows to do")
@@ -84,7 +88,7 @@ def main() -> None:
     data = arguments.data
     if arguments.train or arguments.test:
         data = str(subset(data, arguments.out / "catalog.jsonl", {"train": arguments.train, "test": arguments.test}))
-    student = start(arguments) if arguments.start_steps else None
+    student = start(arguments) if arguments.start_steps else arguments.student
     groups = None
     if arguments.scarce:
         data, groups = str(scarce(arguments)), str(write_groups(arguments.out, arguments.groups))
@@ -97,8 +101,11 @@ def main() -> None:
                 "data": data,
                 "teacher": arguments.teacher,
                 "student": student,
+                "student_kind": arguments.student_kind,
                 "out": str(out),
                 "groups": groups,
+                "captions": arguments.captions,
+                "dedup_clusters": arguments.dedup_clusters,
                 "alignment": str(arguments.out / "alignment.parquet"),
                 "anchors_per_batch": arguments.anchors,
                 "max_steps": arguments.steps,
@@ -106,7 +113,7 @@ def main() -> None:
                 "temperature_learning_rate": arguments.temperature_rate or 10 * arguments.learning_rate,
                 "warmup": arguments.warmup,
                 "lora_rank": arguments.lora_rank,
-                "lora_alpha": arguments.lora_rank,
+                "lora_alpha": arguments.lora_rank or 32,
                 "tau": arguments.tau,
                 "beta": 1 / arguments.tau,
                 "preference_weight": arguments.weight,
@@ -120,7 +127,7 @@ def main() -> None:
 
 def start(arguments: argparse.Namespace) -> str:
     """A student that contrast alone has made an embedder, on items of the teacher's part; long texts come first."""
-    student = None
+    student = arguments.student
     for stage, (steps, least) in enumerate(zip(arguments.start_steps, (8, 3), strict=False), 1):
         out = arguments.out / f"start-{stage}"
         table = arguments.out / f"start-{stage}.jsonl"
@@ -134,10 +141,11 @@ def start(arguments: argparse.Namespace) -> str:
                 "data": str(table),
                 "teacher": arguments.teacher,
                 "student": student,
+                "student_kind": arguments.student_kind,
                 "out": str(out),
                 "anchors_per_batch": START_ANCHORS,
                 "negatives": 0,
-                "lora_rank": 256,
+                "lora_rank": 256 if arguments.student_kind == "mllm" else 0,
                 "lora_alpha": 256,
                 "max_steps": steps,
                 "learning_rate": arguments.start_rate,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -164,6 +166,18 @@ def test_the_objective_is_its_equations(scores):
         )
         preference += relative_preference(similarity, alpha, scale, "listwise") / 2
     assert found.item() == pytest.approx(float(0.3 * preference + 0.7 * contrast), rel=1e-5)
+
+
+def test_near_duplicates_are_left_out_and_counted(tmp_path, scores, monkeypatch, caplog):
+    rows = datasets.Dataset.from_dict(
+        {name: [f"{name} {i}" for i in range(12)] for name in ("image", "title", "label")}
+    )
+    vectors = np.random.default_rng(0).normal(size=(12, 32)).astype(np.float32)
+    vectors[7] = vectors[2] + 0.01  # cosine 0.9999
+    monkeypatch.setattr(maple, "photo_features", lambda config, student, photos: vectors)
+    sets = maple.mine(MapleConfig(**settings(tmp_path / "run", scores, dedup_clusters=1)), None, rows)
+    assert len(sets.photos) == 11 and len({"image 2", "image 7"} & set(sets.photos)) == 1
+    assert "1 of 12 photos are near duplicates" in caplog.text
 
 
 def test_anchors_are_dealt_in_shuffled_epochs_and_ranks_share_them():

@@ -25,6 +25,7 @@ or a dual encoder (`student_kind`), which the paper does not train. Deviations a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -74,6 +75,8 @@ from fieldmark.teacher.cache import photo_hash
 from fieldmark.teacher.describe import read_captions
 from fieldmark.teacher.labels import alignment_cache, candidate_texts, label_alignment
 from fieldmark.teacher.model import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -346,6 +349,9 @@ def mine(config: MapleConfig, student: SentenceTransformer, rows: datasets.Datas
     if config.dedup_clusters is not None:
         kept = set(
             semdedup(features, clusters=config.dedup_clusters, epsilon=config.dedup_epsilon, seed=config.seed).tolist()
+        )
+        logger.warning(
+            "%d of %d photos are near duplicates of others and are left out", len(photos) - len(kept), len(photos)
         )
     texts: dict[int, list[str]] = {i: [] for i in sorted(kept)}
     labels: dict[int, str | None] = {}
