@@ -59,9 +59,8 @@ def main() -> None:
     square = {"height": SIDE, "width": SIDE}
     CLIPProcessor(CLIPImageProcessor(size=square, crop_size=square), tokenizer).save_pretrained(given.out)
     read = read_attributes(given.out, rows, given.read_steps)
-    print(
-        f"{given.out}: {read:.3f} of the training photos' attributes read; {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
-    )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{given.out}: {size:,} parameters, {read:.3f} of the training photos' attributes read")
 
 
 def read_attributes(folder: Path, rows: datasets.Dataset, steps: int) -> float:

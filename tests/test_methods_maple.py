@@ -176,7 +176,8 @@ def test_near_duplicates_are_left_out_and_counted(tmp_path, scores, monkeypatch,
     vectors[7] = vectors[2] + 0.01  # cosine 0.9999
     monkeypatch.setattr(maple, "photo_features", lambda config, student, photos: vectors)
     sets = maple.mine(MapleConfig(**settings(tmp_path / "run", scores, dedup_clusters=1)), None, rows)
-    assert len(sets.photos) == 11 and len({"image 2", "image 7"} & set(sets.photos)) == 1
+    assert len(sets.photos) == 11
+    assert len({"image 2", "image 7"} & set(sets.photos)) == 1
     assert "1 of 12 photos are near duplicates" in caplog.text
 
 
