@@ -3,10 +3,11 @@
     uv run python benchmarks/afmrl.py --data aviary:8 --teacher TEACHER --student STUDENT --out runs/afmrl
     uv run python benchmarks/afmrl.py --data grocery:DIR --titles two --teacher TEACHER --out runs/afmrl_grocery
 
-AFMRL table 2 on a small scale. One generator is cold-started; its attributes serve all embedders. Every embedder starts
-from the same weights and takes the same steps on the same pairs; in rows of one seed only the weights of the negatives
-differ. The loop goes on from its seed's AGCL row. Finished parts are kept, a killed table goes on; at the end it is
-printed as Markdown.
+AFMRL table 2 on a small scale. One generator is cold-started; its attributes serve all embedders. Every embedder
+starts from the same weights and takes the same steps on the same pairs; in rows of one seed only the weights of the
+negatives differ (with the catalogue's attributes also the texts: half of the training queries are followed by them).
+The loop goes on from its seed's AGCL row. Finished parts are kept, a killed table goes on; at the end it is printed as
+Markdown.
 
 `--titles two` gives each photo a title of two of its attributes, drawn by a fixed seed, and holds the others back (the
 groceries' own titles name the product).

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pytest
 
+from fieldmark.commands.evaluate import one_row_a_photo
 from fieldmark.data.aviary import ATTRIBUTES, marks_that_differ, species, species_of_uri
 from fieldmark.data.aviary.groups import aviary_groups
 from fieldmark.data.captions import Group, read_coco, read_flickr30k, read_groups
@@ -70,6 +71,15 @@ def test_captioned_photos_are_a_catalogue(tmp_path):
     assert test["label"][:] == ["3", "3", "4", "4"]
     assert test[0]["title"] == "A photo of thing 3, said 506."
     assert "coco" in SOURCES
+
+
+def test_evaluation_asks_with_each_photo_once(tmp_path):
+    coco_folder(tmp_path)
+    rows = load_catalog(f"coco:{tmp_path}")
+    photos = one_row_a_photo(rows)
+    assert len(photos) < len(rows)
+    assert sorted(photos["image"]) == sorted(set(rows["image"]))
+    assert one_row_a_photo(photos) is photos
 
 
 def test_coco_for_evaluation_alone_has_no_train_split(tmp_path, caplog):

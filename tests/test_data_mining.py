@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fieldmark.data import mining
-from fieldmark.data.mining import cluster_rows, drop_duplicates, folded, hard_negatives, semdedup
+from fieldmark.data.mining import cluster_rows, drop_duplicates, folded, hard_negatives, semdedup, shared_titles
 from fieldmark.errors import FieldmarkError
 
 
@@ -170,6 +170,15 @@ def test_too_few_candidates_leave_places_empty():
 def test_mistakes_of_hard_negatives_are_said(change, words):
     with pytest.raises(FieldmarkError, match=words):
         hard_negatives(np.eye(4), **({"k": 1} | change))
+
+
+def test_items_that_share_a_title_get_the_same_one():
+    found = shared_titles([["a", "b"], ["c"], ["B ", "d"], [], ["  "], ["D"], ["e", "c"]])
+    assert found[0] == found[2] == found[5], "linked by b and d"
+    assert found[1] == found[6]
+    assert len({found[0], found[1]}) == 2
+    assert found[3] is None
+    assert found[4] is None
 
 
 def test_titles_are_folded():

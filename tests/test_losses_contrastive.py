@@ -466,3 +466,15 @@ def test_two_processes_give_what_one_gives(tmp_path):
         means = {part: sum(one["parts"][part] for one in found) / 2 for part in parts}
         assert means == pytest.approx(parts, rel=1e-5)
         assert (parts["masked_share"] > 0) == (name != "none")
+
+
+def test_names_of_properties_are_no_words_and_unspaced_scripts_are_pairs():
+    assert attribute_words({"properties": "brand: Hipp; size: 1.5l"}) == ["hipp", "1.5l"]
+    assert attribute_words({"a": "brand", "properties": "品牌: 耐克; 颜色: 深蓝色"}) == [
+        "brand",
+        "耐克",
+        "深蓝",
+        "蓝色",
+    ]
+    assert attribute_words({"a": "iphone手机壳"}) == ["iphone", "手机", "机壳"]
+    assert attribute_words({"a": "red, blue"}) == ["red", "blue"]

@@ -16,6 +16,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
+from transformers import TimmWrapperConfig, TimmWrapperModel
 
 import test_methods_rar
 from fieldmark import cli
@@ -27,8 +28,11 @@ from fieldmark.methods.afmrl import AfmrlConfig
 from fieldmark.methods.generator import GeneratorTrainer
 from fieldmark.methods.rar import RarTrainer
 from fieldmark.methods.trainer import AdapterTrainer
+from fieldmark.students.tower import VisionTower
 from fieldmark.teacher import attribute_labels
 from fieldmark.teacher.attribute_labels import read_attributes
+from fieldmark.teacher.composed import make_composed
+from fieldmark.teacher.tiny import make_tokenizer
 from helpers_cli import fails
 from helpers_tiny import make_tiny_teacher
 from helpers_training import killed_at, log_of
@@ -392,6 +396,7 @@ def test_each_stage_is_shown_as_a_run(run, capsys, stage, names):
         ({"rar_settings": {"k": 50}}, "The stage rar could not run: k is 50 and the"),
         ({"rar_settings": SETTINGS["rar_settings"] | {"per_device_batch": 3}}, "The stage rar could not run: a step's"),
         ({"cit_settings": {"pairs_per_batch": 19}}, "The stage cit could not run: 19 pairs a batch were asked for"),
+        ({"agcl_settings": SETTINGS["agcl_settings"], "category": "kind"}, "the category 'kind' was asked for"),
         ({"title_column": "nothing"}, "nothing"),
     ],
 )
@@ -399,6 +404,19 @@ def test_mistakes_are_one_sentence_before_anything_runs(place, tmp_path, changes
     with pytest.raises(FieldmarkError, match=re.escape(words)) as raised:
         train(place, tmp_path / "run", **changes)
     assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_that_rar_could_not_train_is_refused_before_anything_runs(place, tmp_path):
+    network = TimmWrapperModel(TimmWrapperConfig(architecture="test_efficientnet", do_pooling=False, num_labels=10))
+    network.save_pretrained(tmp_path / "network")
+    tower = VisionTower.from_pretrained(tmp_path / "network", 64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    model, _ = make_composed(tower, make_tokenizer(["Compare the two."] * 3), text=text)
+    model.save_pretrained(tmp_path / "composed")
+    wrong = {"teacher": str(tmp_path / "composed"), "rar_settings": SETTINGS["rar_settings"] | {"lora_rank": 0}}
+    with pytest.raises(FieldmarkError, match="The stage rar could not run: the generator is a ComposedForCond"):
+        train(place, tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
 
 

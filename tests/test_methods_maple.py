@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fieldmark.data.candidates import AnchorSteps, CandidateBatch, CandidateSets
 from fieldmark.errors import FieldmarkError
+from fieldmark.losses.expanded import matches
 from fieldmark.losses.preference import relative_preference
 from fieldmark.methods import maple
 from fieldmark.methods.maple import MapleConfig
@@ -168,6 +169,36 @@ def test_the_objective_is_its_equations(scores):
     assert found.item() == pytest.approx(float(0.3 * preference + 0.7 * contrast), rel=1e-5)
 
 
+def test_items_that_share_any_text_are_no_negatives_of_each_other(tmp_path, scores, monkeypatch):
+    texts = [[f"title {i}"] for i in range(6)]
+    texts[0], texts[3] = ["a", "Same  one"], ["b", "same one"]
+    rows = datasets.Dataset.from_list(
+        [{"image": f"image {i}", "title": title, "label": None} for i, own in enumerate(texts) for title in own]
+    )
+    vectors = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    vectors[3] = vectors[0]
+    monkeypatch.setattr(maple, "photo_features", lambda config, student, photos: vectors)
+    sets = maple.mine(MapleConfig(**settings(tmp_path / "run", scores)), None, rows)
+    assert 3 not in sets.negatives[0]
+    assert 0 not in sets.negatives[3]
+    assert sets.keys[0, 1] == sets.keys[3, 1]
+
+
+def test_an_equal_text_of_a_step_is_no_negative(monkeypatch):
+    monkeypatch.setattr(maple, "tokenize_items", lambda student, **items: {})
+    monkeypatch.setattr(maple, "photo_side", lambda student: 224)
+    monkeypatch.setattr(maple.Squares, "__getitem__", lambda self, item: None)
+    sets = CandidateSets(
+        ["a", "b", "c"],
+        [["red crown"], ["Red  crown"], ["blue crown"]],
+        np.zeros((3, 0), np.int64),
+        torch.full((3, 2), -1),
+    )
+    collate = maple.Collator(None, sets, None, seed=0, memory_mb=0)
+    keys = collate([{"item": item, "step": 0} for item in range(3)])["label"]["keys"]
+    assert matches(keys, keys).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+
+
 def test_near_duplicates_are_left_out_and_counted(tmp_path, scores, monkeypatch, caplog):
     rows = datasets.Dataset.from_dict(
         {name: [f"{name} {i}" for i in range(12)] for name in ("image", "title", "label")}
@@ -208,6 +239,7 @@ def test_texts_of_a_step_are_drawn_alike_and_depend_on_nothing_else():
         ({"teacher": None}, "MAPLE needs a teacher"),
         ({"anchors_per_batch": 1000}, "lower it or add photos"),
         ({"negatives": 500}, "lower negatives, or add items"),
+        ({"lora_rank": 0}, "lora_rank is 0, which trains nothing of an mllm student"),
         ({"negatives": 0}, "A preference needs candidates"),
         ({"preference_weight": 1.5}, "give a number from 0 to 1"),
         ({"student_kind": "dual"}, "dual encoder such as CLIP"),

@@ -169,6 +169,18 @@ def test_an_interrupted_job_goes_on(teacher, photos, tmp_path, talker, monkeypat
     assert read_captions(path) == read_captions(tmp_path / "whole.parquet")
 
 
+def test_more_generations_keep_the_answers_there_are(teacher, photos, tmp_path, talker):
+    path = tmp_path / "f.parquet"
+    ask(teacher, path, photos, [(1, 2)], generations=2)
+    with caption_cache(path, teacher, temperature=0.7, max_new_tokens=4, seed=0) as cache:
+        known = {key: row | {"answer": f"kept: {row['answer']}"} for key, row in cache.rows.items()}
+        cache.add(known.values())
+    ask(teacher, path, photos, [(1, 2)], generations=4)
+    with caption_cache(path, teacher, temperature=0.7, max_new_tokens=4, seed=0) as cache:
+        assert len(cache.rows) == 4
+        assert {key: cache[key] for key in known} == known
+
+
 def test_answers_depend_on_photos_and_seed_alone(teacher, photos, tmp_path):
     """A random teacher says no JSON: its answers are kept all the same, and are those of any batch and order."""
 

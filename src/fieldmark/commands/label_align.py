@@ -26,11 +26,11 @@ class AlignOptions(LabelOptions):
 
     Attributes:
         batch_size: photos asked about at once.
-        resolution: side in pixels the photos are resized to; null is the teacher's usual one.
+        resolution: side in pixels the photos are resized to, as in training; null is the teacher's usual one.
     """
 
     batch_size: int = 16
-    resolution: int | None = None
+    resolution: int | None = 224
 
 
 AlignOptions.__doc__ = f"{LabelOptions.__doc__}\n{AlignOptions.__doc__}"

@@ -128,14 +128,14 @@ def find_negatives(
     import numpy as np
     import pyarrow as pa
 
-    from fieldmark.data.mining import folded, hard_negatives
+    from fieldmark.data.mining import hard_negatives, shared_titles
     from fieldmark.evaluation.student import embed_photos
     from fieldmark.progress import JobProgress
     from fieldmark.students.build import build_student
     from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, teacher_fingerprint, weights_fingerprint
     from fieldmark.teacher.labels import tower_features
 
-    titles = [folded(own[0]) if own else None for own in items.titles]
+    titles = shared_titles(items.titles)
     # The key holds all that the look-alikes depend on, so that a second run embeds no photo.
     known = [photo_hash(photo) for photo in items.photos]
     student = build_student(options.mining, pooling="mean", resolution=resolution) if options.mining else None
@@ -162,9 +162,9 @@ def check_negatives(items: LabelItems, count: int) -> None:
     Raises:
         FieldmarkError: photos with fewer than `count` others of another label and title.
     """
-    from fieldmark.data.mining import folded
+    from fieldmark.data.mining import shared_titles
 
-    pairs = [(label, folded(own[0]) if own else None) for label, own in zip(items.labels, items.titles, strict=True)]
+    pairs = list(zip(items.labels, shared_titles(items.titles), strict=True))
     labels, titles, both = Counter(label for label, _ in pairs), Counter(title for _, title in pairs), Counter(pairs)
     short = 0
     for label, title in pairs:

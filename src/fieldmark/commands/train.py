@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from fieldmark.cli import METHODS, choose
 
@@ -64,4 +66,33 @@ def show_run(out: Path) -> None:
     ]
     if rows:
         print_table(f"{metrics['method']}, seed {metrics['seed']}", ("", "before", "after", "change"), rows)
+    gains = enriched_rows(metrics)
+    if gains:
+        print_table(
+            "queries with attributes, instance recall@1", ("", "without", "with", "gain", "seconds a query"), gains
+        )
     console().print(f"{metrics['seconds']:.0f} s; the run: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def enriched_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What attributes in queries gain, and what a generator's cost; empty where no query had any."""
+    from fieldmark.commands.console import number
+
+    name, ladder, seconds = "instance_recall@1", metrics.get("ladder", {}), metrics.get("seconds_per_query", {})
+    found = [
+        (what, ladder["agcl"][name], ladder[f"agcl + {what}"][name], seconds.get(stage))
+        for stage, what in (("attributes", "distilled generator"), ("rl_attributes", "RL generator"))
+        if f"agcl + {what}" in ladder
+    ]
+    if f"enriched_{name}" in metrics["after"]:
+        found.append((metrics["method"], metrics["after"][name], metrics["after"][f"enriched_{name}"], None))
+    return [
+        (
+            what,
+            number(plain),
+            number(enriched),
+            f"{enriched - plain:+.3f}",
+            "not measured here" if cost is None else f"{cost:.3f}",
+        )
+        for what, plain, enriched, cost in found
+    ]

@@ -106,6 +106,25 @@ def drop_duplicates(
     return _keep(unit_rows(features), assignment, distance, epsilon, keep, progress)
 
 
+def shared_titles(titles: Sequence[Sequence[str]]) -> list[str | None]:
+    """One title for each of N items: those that share one of theirs, but for case and blanks, get the same.
+
+    So do items that others link, each sharing one with the next. None where an item has no title.
+    """
+    parent: dict[str, str] = {}
+
+    def root(title: str) -> str:
+        while parent.setdefault(title, title) != title:
+            parent[title] = title = parent[parent[title]]
+        return title
+
+    known = [[name for name in map(folded, own) if name] for own in titles]
+    for own in known:
+        for other in own[1:]:
+            parent[root(other)] = root(own[0])
+    return [root(own[0]) if own else None for own in known]
+
+
 def hard_negatives(
     features: Any,
     k: int,

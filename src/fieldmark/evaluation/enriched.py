@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from fieldmark.evaluation.student import has_positives
 from fieldmark.progress import JobProgress
 from fieldmark.students.enrich import enriched_text
 from fieldmark.students.items import encode_items
+
+logger = logging.getLogger(__name__)
 
 Enrich = Literal["query", "both", "none"]
 PREFIX = "enriched_"
@@ -90,6 +93,7 @@ def evaluate_enriched(
     metrics = cross_modal_recall(photos, texts, names, names, KS)
     found = EnrichedEvaluation(metrics, {}, both)
     if not (all(catalog["label"]) and has_positives(catalog)):
+        logger.warning("Test items without a label, or no two of one product: products and categories are not measured")
         return found
     labels, roles, categories = catalog["label"][:], list(catalog["role"]), categories_of(catalog, category)
     found.per_query = retrieval_per_query(both, labels, roles=roles, k=max(KS))
@@ -99,7 +103,7 @@ def evaluate_enriched(
     if enrich != "none":
         gallery = asked if enrich == "both" else both
         found.enriched = retrieval_per_query(gallery, labels, roles=roles, asked_with=asked, k=max(KS))
-        products = evaluate_products(found.enriched, gallery, catalog, None)
+        products = evaluate_products(found.enriched, gallery, catalog, categories, asked_with=asked)
         found.metrics |= {PREFIX + name: value for name, value in products.metrics.items()}
         found.intervals |= {PREFIX + name: values for name, values in products.intervals.items()}
     return found

@@ -98,8 +98,10 @@ def evaluate_multimodal(
         group_texts = embed(None, [text for pair in captions for text in pair]).reshape(len(groups), 2, -1)
     similarity = group_similarity(group_photos, group_texts)
     metrics |= group_scores(similarity)
-    gap = modality_gap(group_texts[:, 0], group_texts[:, 1], group_photos[:, 0], group_photos[:, 1])
-    metrics |= {"gap_dist": gap.w_dist, "gap_disc": gap.w_disc, "gap_ratio": gap.ratio}
+    gap = None
+    if len(groups) > 1:  # one alone has no other text or photo to be compared with
+        gap = modality_gap(group_texts[:, 0], group_texts[:, 1], group_photos[:, 0], group_photos[:, 1])
+        metrics |= {"gap_dist": gap.w_dist, "gap_disc": gap.w_disc, "gap_ratio": gap.ratio}
     categories = group_scores_by_category(similarity, [g.category for g in groups])
     own, crossed = similarity[:, [0, 1], [0, 1]], similarity[:, [0, 1], [1, 0]]
     right = {

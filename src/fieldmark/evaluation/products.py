@@ -119,7 +119,11 @@ class ProductEvaluation:
 
 
 def evaluate_products(
-    found: PerQuery | None, embeddings: np.ndarray, catalog: datasets.Dataset, categories: Sequence[str | None] | None
+    found: PerQuery | None,
+    embeddings: np.ndarray,
+    catalog: datasets.Dataset,
+    categories: Sequence[str | None] | None,
+    asked_with: np.ndarray | None = None,
 ) -> ProductEvaluation:
     """Instance retrieval, and coarse retrieval among the items that have a category.
 
@@ -128,6 +132,7 @@ def evaluate_products(
         embeddings: [N, D], the vectors of the catalogue that were searched.
         catalog: their rows.
         categories: N categories, None where an item has none; None leaves coarse retrieval out.
+        asked_with: [N, D], the vectors that ask, where they are others.
 
     Raises:
         FieldmarkError: no item of a category has another one to find.
@@ -136,7 +141,8 @@ def evaluate_products(
     if categories is not None:
         rows = [row for row, category in enumerate(categories) if category]
         known, roles = [categories[row] for row in rows], list(catalog.select(rows)["role"])
-        coarse = retrieval_per_query(embeddings[rows], known, roles=roles, k=max(KS))
+        asked = None if asked_with is None else asked_with[rows]
+        coarse = retrieval_per_query(embeddings[rows], known, roles=roles, asked_with=asked, k=max(KS))
         values |= coarse_values(coarse)
         counts = {"n_coarse_queries": int(coarse.counted.sum())}
     means = {name: float(per_query.mean()) for name, per_query in values.items()}

@@ -18,13 +18,16 @@ from fieldmark.errors import FieldmarkError
 Attributes = Mapping[str, Any] | None
 
 _WORD = re.compile(r"\d+\.\d+\w*|\w+")  # "1.5l" is one word: "2.5l" shares nothing with it
+_NAME = re.compile(r"(^|; )[^:;\n]+: ", re.MULTILINE)  # of "brand: Hipp; size: 1.5l", properties in one text
+_UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+)")  # scripts without spaces between words
 
 
 def attribute_words(attributes: Attributes) -> list[str]:
     """The words of the values, lower-cased, as often as they stand there.
 
     A value is a text, a number, or a list of them; None, as a value or for all of them, has no words. Names are no
-    words.
+    words, nor are those in a text of several properties ("brand: Hipp; size: 1.5l"). Chinese and Japanese have no
+    spaces: each two neighbouring characters are a word there.
 
     Raises:
         FieldmarkError: the attributes are no mapping, or a value is something else.
@@ -43,7 +46,20 @@ def attribute_words(attributes: Attributes) -> list[str]:
                 texts.append(str(one))
             elif one is not None:
                 raise FieldmarkError(f"the attribute {name!r} is {value!r:.60}; expected a text, a number or a list")
-    return _WORD.findall("\n".join(texts).lower())
+    text = "\n".join(texts).lower()
+    if ": " in text:
+        text = _NAME.sub(r"\1", text)
+    words = _WORD.findall(text)
+    return words if text.isascii() else [part for word in words for part in _parts(word)]
+
+
+def _parts(word: str) -> list[str]:
+    """A word, its longer runs of unspaced script as pairs of characters."""
+    parts: list[str] = []
+    for run in filter(None, _UNSPACED.split(word)):
+        longer = len(run) > 2 and _UNSPACED.fullmatch(run)
+        parts += [run[i : i + 2] for i in range(len(run) - 1)] if longer else [run]
+    return parts
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ from fieldmark.methods.rar import RarConfig
 from fieldmark.methods.run import FolderConfig, check_folder, check_same_run, refuse
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import load_student
+from fieldmark.students.checkpoints import Checkpoint
+from fieldmark.students.multimodal import read_config
 from fieldmark.teacher.attribute_labels import attribute_cache, label_attributes
 from fieldmark.teacher.attributes import load_schema
 from fieldmark.teacher.model import Teacher
@@ -222,7 +224,8 @@ def check_catalog(stages: Stages, wanted: Sequence[str]) -> None:
     """Refuses what a later stage would, before the first one runs.
 
     Raises:
-        FieldmarkError: no titles, no products with two items, or fewer items than a stage takes at once.
+        FieldmarkError: no titles, no products with two items, fewer items than a stage takes at once, no such category,
+            or a generator that RAR could not train.
     """
     tables = {"bad_photos": "raise"}  # names and counts alone: no photo is opened
     stage = ""
@@ -235,6 +238,7 @@ def check_catalog(stages: Stages, wanted: Sequence[str]) -> None:
         if stage in wanted:
             task = rar.open_task(replace(stages.rar, **tables))
             rar.make_arguments(stages.rar, len(task.train.queries))
+            rar.check_reference(stages.rar, read_config(Checkpoint(str(stages.config.teacher))))
     except FieldmarkError as error:
         raise FieldmarkError(f"The stage {stage} could not run: {error}") from error
 

@@ -17,11 +17,15 @@ assumptions, each a setting:
 3. `enriched_share` of the query titles are followed by their attributes, as queries are at inference (`enrich`); the
    paper enriches at inference and is silent on training.
 4. An item that shares product or title with a query is not its negative.
-5. BM25's statistics are those of the training items, fixed; Lucene's variant, k1 1.5, b 0.75.
+5. BM25's statistics are those of the training items, fixed; Lucene's variant, k1 1.5, b 0.75. Chinese and Japanese are
+   cut into pairs of characters, not by a dictionary.
+6. One answer about photo and title together gives an item's attributes, as query and as candidate; in the paper's
+   figure 3 the photo and the title go through the generator separately.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +46,7 @@ from fieldmark.data.product_pairs import TASKS, ProductPairs, sample_products
 from fieldmark.data.squares import Squares
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.enriched import EnrichedEvaluation, evaluate_enriched
+from fieldmark.evaluation.products import categories_of
 from fieldmark.losses.bm25 import BM25, Attributes
 from fieldmark.losses.cached import CachedColumnsLoss, ColumnsLoss
 from fieldmark.losses.contrastive import AttributeGuidedObjective
@@ -61,6 +66,8 @@ from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import merge_lora
 from fieldmark.teacher.attribute_labels import attributes_of
 
+logger = logging.getLogger(__name__)
+
 CATALOGUE = "catalogue"
 _ENRICHED, _SHUFFLED = 7, 8  # random streams that must not share a seed
 
@@ -72,8 +79,8 @@ class AgclConfig(RunConfig):
     Attributes:
         attributes: file of `fieldmark label attributes` (of the split train, and of test unless --enrich none), or
             `catalogue` for the catalogue's own attributes; null leaves them out, which needs --weights none.
-        weights: bm25; shuffled gives each item the attributes of another one (a control); none is InfoNCE with the same
-            negatives.
+        weights: bm25; shuffled weighs negatives by attributes dealt anew among the items, while texts keep their own (a
+            control); none is InfoNCE with the same negatives.
         bm25_scale: raw as in Eq. 1, or self: relative to the score of the query's own candidate.
         temperature: tau.
         delta: margin of the mask of false negatives.
@@ -269,6 +276,9 @@ def open_task(config: AgclConfig) -> ProductTask:
     test_attributes: list[Attributes] = [None] * len(test)
     if config.enrich != "none":
         test_attributes = find_attributes(config, test)
+    categories_of(test, config.category)  # refuses one that no item has
+    if not (config.tasks or has_pairs(train)):
+        logger.warning("no product of %s has two training items: trained on photos and titles alone", config.data)
     tasks = tuple(config.tasks or (TASKS if has_pairs(train) else TASKS[:2]))
     return ProductTask(train, test, attributes, test_attributes, tasks, bad)
 

@@ -20,7 +20,9 @@ or a dual encoder (`student_kind`), which the paper does not train. Deviations a
 4. A candidate that shares label or title with an anchor is not its negative; the paper removes near duplicates only.
 5. Mining takes the student's own photo embeddings unless `mining` names a vision model (paper: DINOv2); SemDeDup is off
    unless `dedup_clusters` is given (paper: 50,000 clusters of 9 million photos).
-6. Texts are the catalogue's titles, or comparative captions of `fieldmark label captions` (`captions`).
+6. Texts are the catalogue's titles, or comparative captions of `fieldmark label captions` (`captions`): a photo's from
+   all pairs that it stands in, where the paper draws from those of the anchor's set.
+7. AdamW's weight decay is that of all parameters, also of log tau and log beta.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from fieldmark.data.captions import Group
 from fieldmark.data.catalog import select_split
 from fieldmark.data.checks import BadPhoto
 from fieldmark.data.groups import find_groups
-from fieldmark.data.mining import folded, hard_negatives, semdedup
+from fieldmark.data.mining import folded, hard_negatives, semdedup, shared_titles
 from fieldmark.data.options import read_catalog
 from fieldmark.data.squares import Squares
 from fieldmark.errors import FieldmarkError
@@ -149,6 +151,8 @@ class MapleConfig(RunConfig):
                 raise FieldmarkError(f"{name} is {getattr(self, name)}; give {number} or more.")
         if not 0 <= self.preference_weight <= 1:
             raise FieldmarkError(f"preference_weight is {self.preference_weight}; give a number from 0 to 1.")
+        if self.student_kind == "mllm" and not self.lora_rank:
+            raise FieldmarkError("lora_rank is 0, which trains nothing of an mllm student; give 1 or more.")
         if self.preference != "none" and not self.negatives:
             raise FieldmarkError("A preference needs candidates; give --negatives 1 or more, or --preference none.")
 
@@ -221,6 +225,10 @@ class Collator:
     ) -> None:
         self.student, self.sets, self.alignment, self.seed = student, sets, alignment, seed
         self.squares = Squares(sets.photos, photo_side(student), memory_mb)
+        self.numbers: dict[str, int] = {}
+        for own in sets.texts:
+            for text in own:
+                self.numbers.setdefault(folded(text) or text, len(self.numbers))
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = CandidateBatch.of([row["item"] for row in rows], self.sets.negatives)
@@ -232,7 +240,10 @@ class Collator:
         }
         labels = {
             "items": torch.tensor(batch.items),
-            "keys": self.sets.keys[batch.items],
+            "keys": torch.cat(  # an equal text is no negative, whosever it is
+                [self.sets.keys[batch.items], torch.tensor([[self.numbers[folded(text) or text]] for text in texts])],
+                dim=1,
+            ),
             "candidates": batch.candidates,
         }
         if self.alignment is not None:
@@ -354,25 +365,29 @@ def mine(config: MapleConfig, student: SentenceTransformer, rows: datasets.Datas
             "%d of %d photos are near duplicates of others and are left out", len(photos) - len(kept), len(photos)
         )
     texts: dict[int, list[str]] = {i: [] for i in sorted(kept)}
+    titles: dict[int, list[str]] = {i: [] for i in texts}
     labels: dict[int, str | None] = {}
     captions = read_captions(Path(config.captions)) if config.captions else None
     for image, title, label in zip(rows["image"], rows["title"], rows["label"], strict=True):
         item = place[image]
         if item in kept:
             texts[item] += [title] if captions is None else captions.get(photo_hash(image), [])
+            titles[item] += [title] if title else []
             labels[item] = label
     items = [item for item, own in texts.items() if own]
+    if len(items) < len(texts):
+        logger.warning("%d of %d photos have no caption and are left out", len(texts) - len(items), len(texts))
     if len(items) < config.anchors_per_batch:
         raise FieldmarkError(
             f"{len(items)} photos with a text are left to train on; anchors_per_batch is {config.anchors_per_batch}, "
             "lower it or add photos."
         )
     own = [list(dict.fromkeys(texts[item])) for item in items]
-    names, titles = [labels[item] for item in items], [folded(one[0]) for one in own]
+    names, titled = [labels[item] for item in items], shared_titles([titles[item] for item in items])
     negatives = np.zeros((len(items), 0), dtype=np.int64)
     if config.negatives:
-        negatives = hard_negatives(features[items], config.negatives, labels=names, titles=titles)
-    keys = match_keys(names, titles)
+        negatives = hard_negatives(features[items], config.negatives, labels=names, titles=titled)
+    keys = match_keys(names, titled)
     return CandidateSets([photos[item] for item in items], own, negatives, keys)
 
 

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
+from transformers import PretrainedConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from fieldmark.data.batches import stable_random
@@ -235,7 +236,7 @@ def train(config: RarConfig) -> Path:
     after = measure(config, Teacher(teacher.model, teacher.processor), schema, student, held)
     # 7. Run folder: the student stays what it was
     if this_process().is_main_process:
-        write_metrics(config, out, before, after, reward.failed, started)
+        write_metrics(config, out, before, after, failed_rewards(config, out), started)
     this_process().wait_for_everyone()
     return out
 
@@ -269,7 +270,7 @@ def find_products(config: RarConfig, rows: datasets.Dataset, split: str) -> Prod
     kept, size = set(), 0
     for place in stable_random(config.seed).permutation(len(names)).tolist():
         if size + items[names[place]] > config.gallery_size:
-            break
+            continue
         kept.add(names[place])
         size += items[names[place]]
     gallery = [i for i, label in enumerate(labels) if label in kept and roles[i] != "query"]
@@ -279,8 +280,8 @@ def find_products(config: RarConfig, rows: datasets.Dataset, split: str) -> Prod
     ]  # fmt: skip
     if not queries:
         raise FieldmarkError(
-            f"no {split} item of {config.data} has another item of its product to find; give products with two photos "
-            "or more."
+            f"no {split} item of {config.data} has another item of its product to find among gallery_size "
+            f"{config.gallery_size}; give products with two photos or more that fit in it."
         )
     check_depth(config.k, len(gallery), f"the {split} gallery of {config.data}")
     return Products(rows.select(gallery), rows.select(queries))
@@ -332,13 +333,18 @@ def open_generator(config: RarConfig) -> Teacher:
             "it answers in the form asked for."
         )
     teacher = Teacher.load(config.teacher, device=this_process().device)
-    kind = (teacher.model.config.architectures or [""])[0]
+    check_reference(config, teacher.model.config)
+    return teacher
+
+
+def check_reference(config: RarConfig, generator: PretrainedConfig) -> None:
+    """Refuses a generator that TRL cannot load once more, as the KL term's reference needs without adapters."""
+    kind = (generator.architectures or [""])[0]
     if config.beta and not config.lora_rank and not hasattr(transformers, kind):
         raise FieldmarkError(
-            f"the generator {config.teacher} is a {kind}, of which TRL cannot load the copy that beta {config.beta} "
-            "needs; train adapters (--lora_rank 32), or set --beta 0."
+            f"the generator is a {kind}, of which TRL cannot load the copy that beta {config.beta} needs; train "
+            "adapters (lora_rank 32), or set beta to 0."
         )
-    return teacher
 
 
 def open_student(config: RarConfig) -> SentenceTransformer:
@@ -506,6 +512,13 @@ def embed(
         return encode_items(
             student, images=rows["image"][:], texts=texts, batch_size=config.eval_batch_size, progress=job.update
         )
+
+
+def failed_rewards(config: RarConfig, out: Path) -> int:
+    """Answers whose reward could not be computed, in the whole run, resumed or not, in all processes."""
+    records = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    share = sum(record.get("failed", 0.0) for record in records)
+    return round(share * config.queries_per_step * config.group_size)
 
 
 def write_metrics(config: RarConfig, out: Path, before: Measured, after: Measured, failed: int, started: float) -> None:

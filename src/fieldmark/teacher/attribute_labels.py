@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from fieldmark.teacher.attributes import AttributeSchema, parse_attributes
 from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, read_answers, teacher_fingerprint
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.questions import Answer, ask_about_photos
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 64  # answers, none of them valid, after which nothing better is to be expected
 SCHEMA = pa.schema(
@@ -160,6 +163,9 @@ def attributes_of(rows: datasets.Dataset, path: Path) -> list[Attributes | None]
             f"{path} has attributes of none of the {len(rows)} items; give the file that `fieldmark label attributes` "
             "wrote for this catalogue and split"
         )
+    missing = sum(own is None for own in found)
+    if missing:
+        logger.warning("%d of %d items have no attributes in %s", missing, len(found), path)
     return found
 
 

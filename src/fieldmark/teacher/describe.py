@@ -152,7 +152,7 @@ def label_captions(
             generator=[torch.Generator().manual_seed(int(keys[pair][0][:12], 16) + settings["seed"]) for pair in chunk],
         )
         for pair, answers in zip(chunk, rolled.texts, strict=True):
-            cache.add(_rows(hashes, pair, keys[pair], answers))
+            cache.add(row for row in _rows(hashes, pair, keys[pair], answers) if row["key"] not in cache)
         done += len(chunk)
         progress(done)
     return _gather(len(photos), distinct, keys, cache)
