@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from fieldmark import cli
 from fieldmark.errors import FieldmarkError
+from fieldmark.methods.maple import MapleConfig
 from fieldmark.teacher import cache as cache_module
 from fieldmark.teacher.cache import AnswerCache, teacher_fingerprint
 from fieldmark.teacher.labels import alignment_cache, candidate_texts, label_alignment, tower_features
@@ -104,9 +105,9 @@ def align(*flags: object) -> list[str]:
     return ["label", "align", *map(str, flags)]
 
 
-def score(teacher: Teacher, path: Path, photos, texts, **settings) -> list[list[float]]:
-    with alignment_cache(path, teacher) as cache:
-        return label_alignment(teacher, photos, texts, cache, **settings)
+def score(teacher: Teacher, path: Path, photos, texts, resolution: int | None = None, **settings) -> list[list[float]]:
+    with alignment_cache(path, teacher, resolution) as cache:
+        return label_alignment(teacher, photos, texts, cache, resolution=resolution, **settings)
 
 
 def test_candidate_texts_meet_both_ways():
@@ -245,8 +246,9 @@ def test_a_killed_command_goes_on(saved, catalogue, tmp_path, capsys, passes):
 def test_the_file_serves_label_alignment(teacher, saved, catalogue, photos, tmp_path, passes):
     assert cli.main(align("--teacher", saved, "--data", catalogue(), "--out", tmp_path / "f.parquet")) == 0
     passes.clear()
-    own = score(teacher, tmp_path / "f.parquet", photos, [[title] for title in TITLES])
-    assert not passes  # `train maple --alignment` reads it by the same call
+    size = MapleConfig(data="x", out="y").resolution  # so that `train maple --alignment` reads it as it is
+    own = score(teacher, tmp_path / "f.parquet", photos, [[title] for title in TITLES], size)
+    assert not passes
     assert all(0 <= value <= 1 for (value,) in own)
 
 
@@ -280,7 +282,7 @@ def test_files_that_cannot_be_used_are_one_sentence(saved, catalogue, tmp_path, 
     stranger.model.save_pretrained(tmp_path / "other")
     stranger.processor.save_pretrained(tmp_path / "other")
     assert "made otherwise (teacher was" in fails(capsys, align("--teacher", tmp_path / "other", *flags, "--out", out))
-    assert "resolution was None, is 256" in fails(capsys, [*usual, "--resolution", "256"])
+    assert "resolution was 224, is 256" in fails(capsys, [*usual, "--resolution", "256"])
     assert "precision was 'float32', is 'bfloat16'" in fails(capsys, [*usual, "--teacher_dtype", "bfloat16"])
     for value, shown in ((float("nan"), "hold nan"), (1.5, "hold 1.5"), (None, "hold None")):
         with_scores(out, value)

@@ -238,12 +238,10 @@ class Collator:
             "photo": tokenize_items(self.student, images=[self.squares[item] for item in batch.items]),
             "text": tokenize_items(self.student, texts=texts),
         }
+        said = torch.tensor([[self.numbers[folded(text) or text]] for text in texts])  # an equal one is no negative
         labels = {
             "items": torch.tensor(batch.items),
-            "keys": torch.cat(  # an equal text is no negative, whosever it is
-                [self.sets.keys[batch.items], torch.tensor([[self.numbers[folded(text) or text]] for text in texts])],
-                dim=1,
-            ),
+            "keys": torch.cat([self.sets.keys[batch.items], said], dim=1),
             "candidates": batch.candidates,
         }
         if self.alignment is not None:
