@@ -104,7 +104,8 @@ class MapleConfig(RunConfig):
         alignment: file of alignment scores, made if it is not there; null keeps them in the run folder.
         mining: vision model whose embeddings find hard negatives; null takes the untrained student's.
         dedup_clusters: clusters of SemDeDup; null leaves near duplicates in.
-        dedup_epsilon: photos of one cluster with a cosine above 1 - epsilon are duplicates.
+        dedup_epsilon: photos of one cluster with a cosine above 1 - epsilon are duplicates; the paper's 0.07 is for
+            DINOv2's vectors (`mining`), a student's own lie closer together.
         groups: JSONL of groups (image_0, image_1, caption_0, caption_1) to measure; null makes them of the catalogue.
         mini_batch_size: items embedded at once by GradCache; 0 embeds a batch as a whole.
         photo_memory_mb: decoded photos kept between steps.
