@@ -441,3 +441,16 @@ def test_vllm_must_be_there_to_be_used(parts, tmp_path, monkeypatch):
     arguments = rar.make_arguments(config, 24)
     assert (arguments.use_vllm, arguments.vllm_mode) == (True, "colocate")
     assert arguments.vllm_gpu_memory_utilization == 0.4
+
+
+def test_failed_rewards_are_those_of_the_whole_run(parts, tmp_path):
+    config = RarConfig(**settings(tmp_path, parts))
+    answers = config.queries_per_step * config.group_size
+    lines = [
+        {"step": 1, "failed": 1 / answers},
+        {"step": 2, "failed": 0.0},
+        {"step": 3, "failed": 3 / answers},
+        {"x": 1},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert rar.failed_rewards(config, tmp_path) == 4
