@@ -477,4 +477,5 @@ def test_names_of_properties_are_no_words_and_unspaced_scripts_are_pairs():
         "蓝色",
     ]
     assert attribute_words({"a": "iphone手机壳"}) == ["iphone", "手机", "机壳"]
-    assert attribute_words({"a": "red, blue"}) == ["red", "blue"]
+    assert attribute_words({"a": "Star Wars: Lego"}) == ["star", "wars", "lego"]
+    assert attribute_words({"a": "red; large: 3"}) == ["red", "large", "3"]

@@ -18,7 +18,6 @@ from fieldmark.errors import FieldmarkError
 Attributes = Mapping[str, Any] | None
 
 _WORD = re.compile(r"\d+\.\d+\w*|\w+")  # "1.5l" is one word: "2.5l" shares nothing with it
-_NAME = re.compile(r"(^|; )[^:;\n]+: ", re.MULTILINE)  # of "brand: Hipp; size: 1.5l", properties in one text
 _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+)")  # scripts without spaces between words
 
 
@@ -39,7 +38,7 @@ def attribute_words(attributes: Attributes) -> list[str]:
     texts: list[str] = []
     for name, value in attributes.items():
         if isinstance(value, str):  # nearly always, and a batch has thousands
-            texts.append(value)
+            texts.append(_values(value) if "; " in value else value)
             continue
         for one in value if isinstance(value, list | tuple) else (value,):
             if isinstance(one, str | int | float):
@@ -47,10 +46,14 @@ def attribute_words(attributes: Attributes) -> list[str]:
             elif one is not None:
                 raise FieldmarkError(f"the attribute {name!r} is {value!r:.60}; expected a text, a number or a list")
     text = "\n".join(texts).lower()
-    if ": " in text:
-        text = _NAME.sub(r"\1", text)
     words = _WORD.findall(text)
     return words if text.isascii() else [part for word in words for part in _parts(word)]
+
+
+def _values(text: str) -> str:
+    """The values of several properties in one text; any other text as it is."""
+    pairs = [pair.partition(": ") for pair in text.split("; ")]
+    return "\n".join(value for _, _, value in pairs) if all(found for _, found, _ in pairs) else text
 
 
 def _parts(word: str) -> list[str]:
