@@ -22,10 +22,16 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    TimmWrapperConfig,
+    TimmWrapperModel,
 )
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+from fieldmark.students.tower import VisionTower
+from fieldmark.teacher.composed import make_composed
+from fieldmark.teacher.tiny import make_tokenizer
 
 SPECIAL = [
     "<|endoftext|>",
@@ -174,3 +180,16 @@ def _spread(model: torch.nn.Module) -> None:
             parameter.mul_(12.0 if "lm_head" in name else 1.0 if "projector" in name else 8.0)
         elif name.endswith("bias"):
             parameter.normal_(0.0, 0.1)
+
+
+def make_tiny_composed(folder: Path) -> Path:
+    """A composed teacher: a tiny timm network as tower, a projector, a tiny language model; 64 px."""
+    torch.manual_seed(0)
+    network = TimmWrapperModel(TimmWrapperConfig(architecture="test_efficientnet", do_pooling=False, num_labels=10))
+    network.save_pretrained(folder / "network")
+    tower = VisionTower.from_pretrained(folder / "network", 64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    model, processor = make_composed(tower, make_tokenizer(["Compare the two."] * 3), text=text)
+    model.save_pretrained(folder / "teacher")
+    processor.save_pretrained(folder / "teacher")
+    return folder / "teacher"

@@ -16,7 +16,6 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from transformers import TimmWrapperConfig, TimmWrapperModel
 
 import test_methods_rar
 from fieldmark import cli
@@ -28,13 +27,10 @@ from fieldmark.methods.afmrl import AfmrlConfig
 from fieldmark.methods.generator import GeneratorTrainer
 from fieldmark.methods.rar import RarTrainer
 from fieldmark.methods.trainer import AdapterTrainer
-from fieldmark.students.tower import VisionTower
 from fieldmark.teacher import attribute_labels
 from fieldmark.teacher.attribute_labels import read_attributes
-from fieldmark.teacher.composed import make_composed
-from fieldmark.teacher.tiny import make_tokenizer
 from helpers_cli import fails
-from helpers_tiny import make_tiny_teacher
+from helpers_tiny import make_tiny_composed, make_tiny_teacher
 from helpers_training import killed_at, log_of
 from test_methods_rar import SCHEMA, SIDE, cold_start
 from test_report_attributes import check_page
@@ -408,13 +404,8 @@ def test_mistakes_are_one_sentence_before_anything_runs(place, tmp_path, changes
 
 
 def test_a_generator_that_rar_could_not_train_is_refused_before_anything_runs(place, tmp_path):
-    network = TimmWrapperModel(TimmWrapperConfig(architecture="test_efficientnet", do_pooling=False, num_labels=10))
-    network.save_pretrained(tmp_path / "network")
-    tower = VisionTower.from_pretrained(tmp_path / "network", 64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    model, _ = make_composed(tower, make_tokenizer(["Compare the two."] * 3), text=text)
-    model.save_pretrained(tmp_path / "composed")
-    wrong = {"teacher": str(tmp_path / "composed"), "rar_settings": SETTINGS["rar_settings"] | {"lora_rank": 0}}
+    composed = make_tiny_composed(tmp_path)
+    wrong = {"teacher": str(composed), "rar_settings": SETTINGS["rar_settings"] | {"lora_rank": 0}}
     with pytest.raises(FieldmarkError, match="The stage rar could not run: the generator is a ComposedForCond"):
         train(place, tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()

@@ -23,8 +23,6 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessor,
     SiglipProcessor,
-    TimmWrapperConfig,
-    TimmWrapperModel,
 )
 
 from fieldmark.errors import FieldmarkError
@@ -38,10 +36,8 @@ from fieldmark.students.multimodal import (
     merge_lora,
     tokenize_items,
 )
-from fieldmark.students.tower import VisionTower
-from fieldmark.teacher.composed import make_composed
-from fieldmark.teacher.tiny import make_tokenizer
-from helpers_tiny import byte_tokenizer
+from fieldmark.teacher.model import Teacher
+from helpers_tiny import byte_tokenizer, make_tiny_composed
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXTS = ["a wren", "a bird with a long bill"]
@@ -191,15 +187,7 @@ def test_siglip2_in_its_flexible_form(checkpoints: dict[str, Path], tmp_path: Pa
 
 
 def test_a_composed_teacher_becomes_a_student(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = TimmWrapperModel(TimmWrapperConfig(architecture="test_efficientnet", do_pooling=False, num_labels=10))
-    network.save_pretrained(tmp_path / "network")
-    tower = VisionTower.from_pretrained(tmp_path / "network", 64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    model, processor = make_composed(tower, make_tokenizer(["Compare the two."] * 3), text=text)
-    model.save_pretrained(tmp_path / "teacher")
-    processor.save_pretrained(tmp_path / "teacher")
-
+    model = Teacher.load(make_tiny_composed(tmp_path)).model
     student = build_multimodal_student(tmp_path / "teacher", attention="causal", lora_rank=4)
     features = tokenize_items(student, images=[photo(0, 64, 64), photo(1, 90, 40)], texts=TEXTS)
     inputs = {k: v for k, v in features.items() if k not in ("modality", "num_images_per_sample")}

@@ -77,11 +77,12 @@ def show_run(out: Path) -> None:
 def enriched_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What attributes in queries gain, and what a generator's cost; empty where no query had any."""
     from fieldmark.commands.console import number
+    from fieldmark.methods.afmrl_report import GENERATORS
 
     name, ladder, seconds = "instance_recall@1", metrics.get("ladder", {}), metrics.get("seconds_per_query", {})
     found = [
         (what, ladder["agcl"][name], ladder[f"agcl + {what}"][name], seconds.get(stage))
-        for stage, what in (("attributes", "distilled generator"), ("rl_attributes", "RL generator"))
+        for stage, what in GENERATORS.items()
         if f"agcl + {what}" in ladder
     ]
     if f"enriched_{name}" in metrics["after"]:
