@@ -6,8 +6,8 @@
 AFMRL table 2 on a small scale. One generator is cold-started; its attributes serve all embedders. Every embedder
 starts from the same weights and takes the same steps on the same pairs; in rows of one seed only the weights of the
 negatives differ (with the catalogue's attributes also the texts: half of the training queries are followed by them).
-The loop goes on from its seed's AGCL row. Finished parts are kept, a killed table goes on; at the end it is printed as
-Markdown.
+The loop goes on from its seed's AGCL row, and so does its control, which keeps the attributes of before the reward.
+Finished parts are kept, a killed table goes on; at the end it is printed as Markdown.
 
 `--titles two` gives each photo a title of two of its attributes, drawn by a fixed seed, and holds the others back (the
 groceries' own titles name the product).
@@ -40,6 +40,7 @@ COLUMNS = (
 )
 
 ROWS = ("infonce", "agcl", "shuffled", "catalogue")
+CONTROL = "cit-distilled"
 WITH = {"agcl": "agcl + distilled generator"}  # as `train afmrl` names it
 
 
@@ -75,7 +76,8 @@ def main() -> None:
     shared = {"data": catalogue(given), "precision": "bf16"}
     made = cold_start(given, shared)
     for seed in given.loops:
-        run_loop(given, shared | {"seed": seed}, made)
+        loop = run_loop(given, shared | {"seed": seed}, made)
+        run_control(given, shared | {"seed": seed}, loop)
     attributes = given.out / f"loop-{given.loops[0]}" / "2-attributes.parquet"
     for seed in given.seeds:
         for name, settings in embedders(given, seed).items():
@@ -172,6 +174,16 @@ def run_loop(given: argparse.Namespace, shared: dict[str, Any], made: str) -> Pa
     return run(afmrl.train, afmrl.AfmrlConfig, given.out / f"loop-{shared['seed']}", shared | settings)
 
 
+def run_control(given: argparse.Namespace, shared: dict[str, Any], loop: Path) -> Path:
+    """CIT's steps on CIT's items, but with the attributes of before the reward: what more training alone gives."""
+    settings = embedder_settings(given) | {
+        "student": str(loop / "3-agcl" / "model"),
+        "attributes": str(loop / "2-attributes.parquet"),
+        "sample_share": afmrl.CIT_SHARE,
+    }
+    return run(agcl.train, agcl.AgclConfig, given.out / f"{CONTROL}-{shared['seed']}", shared | settings)
+
+
 def run(method: Any, config: Any, out: Path, settings: dict[str, Any]) -> Path:
     """Trains what is not finished."""
     if not (out / "metrics.json").exists():
@@ -183,7 +195,7 @@ def table(given: argparse.Namespace) -> str:
     """Mean and standard deviation of each row over the seeds that are done, `seeds` beside it."""
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in given.seeds:
-        for name in embedders(given, seed):
+        for name in (*embedders(given, seed), CONTROL):
             path = given.out / f"{name}-{seed}" / "metrics.json"
             if not path.exists():
                 continue
