@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,21 @@ from torch.nn import functional as F
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.compare import Domain, answer_json, compare_prompt
-from fieldmark.teacher.judging import Judging
 from fieldmark.teacher.model import Prompt, Teacher, VisualTokens
 from fieldmark.teacher.reading import warm_cosine
 
 LOOKALIKE_SHARE = 0.6  # of the pairs of different classes
 DENSE_DRILLS = 0.6
+
+
+class Skill(Protocol):
+    """Something that a language model learns."""
+
+    def loss(self) -> Tensor:
+        """Of one step, drawn anew each time."""
+
+    def parameters(self) -> Sequence[Tensor]:
+        """That are trained with the language model and thrown away."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ class Comparing:
 
 def train_language(
     teacher: Teacher,
-    skills: Sequence[Comparing | Judging],
+    skills: Sequence[Skill],
     *,
     steps: int,
     learning_rate: float = 1e-3,
