@@ -414,3 +414,24 @@ def test_a_generator_that_rar_could_not_train_is_refused_before_anything_runs(pl
 def test_a_mistake_on_the_command_line_is_told(place, tmp_path, capsys):
     wrong = {"agcl_settings": {"pairs_per_batch": "x"}}
     assert "pairs_per_batch of the stage agcl was given 'x'" in fails(capsys, command(place, tmp_path / "r", **wrong))
+
+
+def test_bad_input_on_the_command_line_is_one_sentence_and_exit_code_2(place, run, tmp_path, capsys):
+    """A recall deeper than the gallery; attributes of other birds; a generator that never answers as asked."""
+    deep = command(place, tmp_path / "deep", rar_settings=SETTINGS["rar_settings"] | {"k": 50})
+    assert "k is 50 and the train gallery of" in fails(capsys, deep)
+
+    others = select_split(load_catalog("aviary:2"), "train").select(range(TRAIN, TRAIN + 8)).to_list()
+    others += select_split(load_catalog("aviary:2"), "test").select(range(TEST, TEST + 4)).to_list()
+    table = tmp_path / "others.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in others), encoding="utf-8")
+    agcl_command = ["train", "agcl", "--data", str(table), "--student", str(place / "base")]
+    agcl_command += ["--attributes", str(run.out / "2-attributes.parquet"), "--out", str(tmp_path / "others")]
+    assert "has attributes of none of the" in fails(capsys, agcl_command)
+    assert not (tmp_path / "others").exists()
+
+    silent = {"teacher": str(place / "base"), "cold_start": False, "max_new_tokens": 4}
+    assert cli.main(command(place, tmp_path / "silent", **silent)) == 2
+    *_, sentence = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("fieldmark: none of the first")
+    assert "train generator" in sentence
