@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fieldmark.errors import FieldmarkError
 from fieldmark.teacher import examine
 from fieldmark.teacher.captioning import Captioning, LookalikeDrawer, caption, differing, ideal_captions, phrase
+from fieldmark.teacher.compare import domain_for_attributes
 from fieldmark.teacher.describe import parse_captions
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.speaking import PhotoBank, train_language
@@ -28,6 +29,7 @@ ROWS = [
     {"crown_colour": "black", "wing_bars": "none", "bill_shape": "spoon", "back": "blue"},
     {"crown_colour": "red", "wing_bars": "", "back": "green"},
 ]
+DOMAIN = domain_for_attributes(list(ROWS[0]))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,7 +72,7 @@ def test_captions_name_the_same_differing_attributes_of_both():
         names = drawn.names(first, second)
         counts.add(len(names))
         assert set(names) <= set(differing(first, second))
-        answer = parse_captions(ideal_captions(first, second, names))
+        answer = parse_captions(ideal_captions(DOMAIN, first, second, names))
         assert answer == (caption(first, names), caption(second, names))
         assert all(first[name] != second[name] and first[name] and second[name] for name in names)
     assert counts == {1, 2}
@@ -95,11 +97,12 @@ def test_items_that_differ_in_nothing_are_refused():
 
 
 def test_a_teacher_learns_to_caption(teacher, bank):
-    skill = Captioning(teacher, bank, batch_size=4)
+    skill = Captioning(teacher, DOMAIN, bank, batch_size=4, drills=2)
     before = {name: value.clone() for name, value in teacher.model.named_parameters() if "visual" in name}
-    assert 0.5 * math.log(len(teacher.tokenizer)) < float(skill.loss()) < 2 * math.log(len(teacher.tokenizer))
+    untrained, chance = float(skill.loss()), 2 * math.log(len(teacher.tokenizer))  # of photos and of drills
+    assert 0.5 * chance < untrained < 2 * chance
     train_language(teacher, [skill], steps=30, learning_rate=3e-3)
-    assert float(skill.loss()) < 0.5 * math.log(len(teacher.tokenizer))
+    assert float(skill.loss()) < 0.5 * untrained
     assert all(torch.equal(value, before[name]) for name, value in teacher.model.named_parameters() if name in before)
 
 
@@ -110,7 +113,9 @@ def test_the_examination_counts_what_captions_say(monkeypatch, teacher, bank):
     shared = json.dumps({"Image 1": "two wing bars, pink crown", "Image 2": "two wing bars"})
 
     def rollout(teacher, prompt, visual, group_size, **settings):
-        texts = [[ideal_captions(ROWS[a], ROWS[b], ["crown_colour"]), shared, "no"] for a, b in ((0, 1), (1, 0))]
+        texts = [
+            [ideal_captions(DOMAIN, ROWS[a], ROWS[b], ["crown_colour"]), shared, "no"] for a, b in ((0, 1), (1, 0))
+        ]
         return SimpleNamespace(texts=texts)
 
     monkeypatch.setattr(examine, "rollout", rollout)

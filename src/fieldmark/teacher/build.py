@@ -314,7 +314,8 @@ def _teach_language(
         sizes = {"batch_size": config.judged_photos, "texts": config.judged_texts}
         lessons.append(Judging(teacher, bank, seed=config.seed, **sizes))
     if "caption" in skills:
-        lessons.append(Captioning(teacher, bank, batch_size=config.language_batch, seed=config.seed))
+        sizes = {"batch_size": config.language_batch, "drills": config.language_drills}
+        lessons.append(Captioning(teacher, domain, bank, seed=config.seed, **sizes))
     with _progress("language", config.language_steps) as progress:
         train_language(
             teacher,
@@ -388,7 +389,7 @@ def _texts(
         drawer = LookalikeDrawer(np.arange(len(rows)), rows, rng)
         for _ in range(3000):
             first, second = (rows[item] for item in drawer.draw())
-            yield ideal_captions(first, second, drawer.names(first, second))
+            yield ideal_captions(domain, first, second, drawer.names(first, second))
         for _ in range(20):
             yield CAPTION_PROMPT
 

@@ -1,7 +1,14 @@
 """A skill of `build-teacher`: writing what tells two look-alikes apart (`caption`), for `fieldmark label captions`.
 
-Learned from a catalogue's attributes. The ideal answer about two photos names one or two attributes in which their
-items differ, the same ones of both: {"Image 1": "red crown, two wing bars", "Image 2": "black crown, no wing bars"}.
+Learned from a catalogue's attributes. The ideal answer about two photos first says what it sees, as a comparison's
+answer does (`compare.answer_json`), then names one or two attributes in which the two items differ, the same ones of
+both:
+
+    {"bird_1": {"crown_colour": "red", ...}, "bird_2": {...}, "differences": "crown_colour, wing_bars",
+     "Image 1": "red crown, two wing bars", "Image 2": "black crown, no wing bars"}
+
+Without the first part a small language model learns the form in 700 steps, and not to look: 31 % of the values it
+named were right.
 """
 
 from __future__ import annotations
@@ -13,9 +20,10 @@ import numpy as np
 from torch import Tensor
 
 from fieldmark.errors import FieldmarkError
+from fieldmark.teacher.compare import Domain, answer_json
 from fieldmark.teacher.describe import CAPTION_KEYS, CAPTION_PROMPT
 from fieldmark.teacher.model import Teacher
-from fieldmark.teacher.speaking import PhotoBank, answer_loss, encode_answers
+from fieldmark.teacher.speaking import PhotoBank, answer_loss, encode_answers, made_up_items
 
 MOST_NAMED = 2
 MOST_CANDIDATES = 10  # of 2 ** 10 random photos the nearest, at the hardest
@@ -40,9 +48,12 @@ def differing(first: dict[str, str], second: dict[str, str]) -> list[str]:
     return [name for name, value in first.items() if value and second.get(name) and second[name] != value]
 
 
-def ideal_captions(first: dict[str, str], second: dict[str, str], names: Sequence[str]) -> str:
-    """What the teacher should answer about two items, naming these attributes."""
-    return json.dumps(dict(zip(CAPTION_KEYS, (caption(first, names), caption(second, names)), strict=True)))
+def ideal_captions(domain: Domain, first: dict[str, str], second: dict[str, str], names: Sequence[str]) -> str:
+    """What the teacher should answer about two items, its captions naming these attributes."""
+    seen = json.loads(answer_json(domain, first, second, same=False))
+    answer = {key: seen[key] for key in (*domain.item_keys, "differences")}
+    answer |= dict(zip(CAPTION_KEYS, (caption(first, names), caption(second, names)), strict=True))
+    return json.dumps(answer, ensure_ascii=False)
 
 
 class LookalikeDrawer:
@@ -86,31 +97,52 @@ class LookalikeDrawer:
 
 
 class Captioning:
-    """The skill of captioning: ideal captions of pairs of the bank's photos.
+    """The skill of captioning: ideal captions of pairs of the bank's photos, and drills on made-up items.
 
     Args:
         teacher: its language model is trained.
+        domain: its names of the two items and of their attributes.
         bank: photos.
         batch_size: pairs a step.
+        drills: pairs of made-up items a step; only what follows the descriptions is learned of them.
         seed: draws.
     """
 
-    def __init__(self, teacher: Teacher, bank: PhotoBank, *, batch_size: int = 10, seed: int = 0) -> None:
-        self.teacher, self.bank, self.batch_size = teacher, bank, batch_size
-        self.drawer = LookalikeDrawer(bank.classes, bank.attributes, np.random.default_rng((seed, 2)))
+    def __init__(
+        self,
+        teacher: Teacher,
+        domain: Domain,
+        bank: PhotoBank,
+        *,
+        batch_size: int = 10,
+        drills: int = 12,
+        seed: int = 0,
+    ) -> None:
+        self.teacher, self.domain, self.bank = teacher, domain, bank
+        self.batch_size, self.drills = batch_size, drills
+        self.rng = np.random.default_rng((seed, 2))
+        self.drawer = LookalikeDrawer(bank.classes, bank.attributes, self.rng)
         self.prompt = teacher.prompt(CAPTION_PROMPT, 2, bank.tokens.shape[2])
+        self.without_photos = teacher.prompt(CAPTION_PROMPT, 0, bank.tokens.shape[2])
 
     def loss(self) -> Tensor:
         """Of one step."""
+        tokenizer, bank = self.teacher.tokenizer, self.bank
         pairs = [self.drawer.draw() for _ in range(self.batch_size)]
-        answers = []
-        for pair in pairs:
-            first, second = (self.bank.attributes[self.bank.classes[photo]] for photo in pair)
-            answers.append(ideal_captions(first, second, self.drawer.names(first, second)))
-        ids, mask = encode_answers(self.teacher.tokenizer, answers, comparison_only=False)
-        visual = self.bank.visual([photo for pair in pairs for photo in pair])
-        return answer_loss(self.teacher, self.prompt, visual, ids, mask)
+        items = [(bank.attributes[bank.classes[one]], bank.attributes[bank.classes[other]]) for one, other in pairs]
+        ids, mask = encode_answers(tokenizer, self._answers(items), comparison_only=False)
+        visual = bank.visual([photo for pair in pairs for photo in pair])
+        loss = answer_loss(self.teacher, self.prompt, visual, ids, mask)
+        made_up = [made_up_items(bank, self.rng) for _ in range(self.drills)]
+        drills = self._answers([(first, second) for first, second in made_up if differing(first, second)])
+        if drills:
+            ids, mask = encode_answers(tokenizer, drills, comparison_only=True)
+            loss = loss + answer_loss(self.teacher, self.without_photos, None, ids, mask)
+        return loss
 
     def parameters(self) -> list[Tensor]:
         """None of its own."""
         return []
+
+    def _answers(self, items: Sequence[tuple[dict[str, str], dict[str, str]]]) -> list[str]:
+        return [ideal_captions(self.domain, *pair, self.drawer.names(*pair)) for pair in items]

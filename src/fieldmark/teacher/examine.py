@@ -219,7 +219,7 @@ def examine_captions(
     pairs: int = 128,
     generations: int = 3,
     temperature: float = 0.7,
-    max_new_tokens: int = 96,
+    max_new_tokens: int = 256,
     batch_pairs: int = 8,
     seed: int = 0,
 ) -> CaptionExamination:

@@ -108,7 +108,13 @@ def ideal_answer(domain: Domain, bank: PhotoBank, pair: tuple[int, int, bool]) -
 
 
 def drill(domain: Domain, bank: PhotoBank, rng: np.random.Generator) -> str:
-    """An ideal answer about two made-up items: comparing, without photos.
+    """An ideal answer about two made-up items."""
+    first, second = made_up_items(bank, rng)
+    return answer_json(domain, first, second, first == second)
+
+
+def made_up_items(bank: PhotoBank, rng: np.random.Generator) -> tuple[dict[str, str], dict[str, str]]:
+    """Attributes of two items that are not there: to learn comparing from, without photos.
 
     The words of an answer are learned from photos soon, the comparison of what was said is not: a teacher that
     described all of 64 differing marks rightly still called 48 of 64 look-alikes the same species. Photos of
@@ -129,7 +135,7 @@ def drill(domain: Domain, bank: PhotoBank, rng: np.random.Generator) -> str:
         others = [value for value in table[name] if value != first[name]]
         if others:
             second[name] = others[rng.integers(len(others))]
-    return answer_json(domain, first, second, first == second)
+    return first, second
 
 
 def answer_loss(teacher: Teacher, prompt: Prompt, visual: VisualTokens | None, ids: Tensor, mask: Tensor) -> Tensor:
