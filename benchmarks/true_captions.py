@@ -38,7 +38,7 @@ def main() -> None:
         data=given.data, teacher=given.teacher, student=given.student, out=str(given.out.parent), precision="bf16"
     )
     rows = maple.open_task(config).train
-    sets = maple.mine(config, maple.make_student(config), rows)
+    sets = maple.mine(config, maple.make_student(config), maple.open_items(config, rows))
     marks = dict(zip(rows["image"], rows["attributes"], strict=True))
     found = (candidate_pairs(item, negatives.tolist()) for item, negatives in enumerate(sets.negatives))
     pairs = list(dict.fromkeys(tuple(sorted(pair)) for pair in chain.from_iterable(found)))

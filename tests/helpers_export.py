@@ -80,15 +80,15 @@ def save_statistics(folder: Path) -> None:
     transformers.ViTImageProcessor(**STATISTICS).save_pretrained(folder)
 
 
-def make_dual_encoder(kind: str, root: Path) -> SentenceTransformer:
+def make_dual_encoder(kind: str, root: Path, context: int = CONTEXT) -> SentenceTransformer:
     """An untrained CLIP or SigLIP; bytes for tokens, and the end token, at which CLIP reads a text."""
     tokenizer = byte_tokenizer()
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
     )
-    tokenizer.model_max_length = CONTEXT
-    text = {**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT, "pad_token_id": 0}
+    tokenizer.model_max_length = context
+    text = {**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": context, "pad_token_id": 0}
     text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     vision, size = {**SIZES, "image_size": 32, "patch_size": 8}, {"height": 32, "width": 32}
     if kind == "clip":

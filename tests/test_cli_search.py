@@ -25,8 +25,12 @@ from fieldmark.search import indexing
 from fieldmark.search.card import FORMAT, StoreCard
 from fieldmark.search.store import Store
 from fieldmark.students.build import build_student, load_student
+from fieldmark.students.enrich import enriched_text
 from fieldmark.students.items import encode_items
 from fieldmark.students.multimodal import build_multimodal_student
+from fieldmark.teacher import attribute_labels
+from fieldmark.teacher.attributes import attribute_answer, load_schema
+from fieldmark.teacher.questions import Answer
 from helpers_cli import draw, fails, no_file_above
 from helpers_tiny import make_tiny_teacher
 
@@ -77,21 +81,21 @@ def shop(tmp_path) -> Shop:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Untrained students: of photos, and of photos and texts."""
+    """Untrained students: of photos, and of photos and texts; and a generator."""
     root = tmp_path_factory.mktemp("models")
     teacher = make_tiny_teacher("qwen3_vl", root / "teacher")
     build_student(teacher, pooling="mean", resolution=64).save_pretrained(str(root / "photos"), create_model_card=False)
     build_multimodal_student(teacher, lora_rank=0, resolution=64).save_pretrained(
         str(root / "texts"), create_model_card=False
     )
-    return {name: str(root / name) for name in ("photos", "texts")}
+    return {name: str(root / name) for name in ("photos", "texts", "teacher")}
 
 
 @pytest.fixture(scope="module")
 def stores(models, tmp_path_factory) -> dict[str, Shop]:
     """A finished store of each student."""
     shops = {}
-    for kind in models:
+    for kind in ("photos", "texts"):
         shops[kind] = Shop(tmp_path_factory.mktemp(kind))
         assert cli.main(["index", models[kind], "--data", shops[kind].source, "--out", shops[kind].db]) == 0
     return shops
@@ -438,6 +442,102 @@ def test_words_may_be_looked_for_beside_a_photo_by_a_student_of_photos(stores, r
     assert hits[0]["margin"] < 0  # the photo itself comes next
 
 
+@pytest.fixture
+def generator(models, monkeypatch) -> Generator:
+    said = Generator(models["teacher"])
+    monkeypatch.setattr(attribute_labels, "ask_about_photos", said.answer)
+    return said
+
+
+class Generator:
+    """A generator that answers what the test says, and what it was asked; `flags` name it to a search."""
+
+    def __init__(self, folder: str) -> None:
+        self.asked: list[tuple[Any, str]] = []
+        self.attributes: dict[str, str] | None = {"crown": "red", "size": "small"}
+        self.flags = ["--enrich", "query", "--generator", folder]
+
+    def answer(self, teacher, photos, questions, **settings):
+        self.asked += zip(photos, questions, strict=True)
+        text = "no" if self.attributes is None else attribute_answer(["crown"], self.attributes)
+        for place in range(len(photos)):
+            yield [(place, Answer(text, 4, True))]
+
+
+def test_a_generators_attributes_join_the_query(models, stores, run, generator):
+    shop, student = stores["texts"], load_student(models["texts"])
+    store, photo, flags = Store.open(shop.db), str(shop.root / "6.png"), generator.flags
+    schema = load_schema()
+    for argv, text, words in [
+        ([photo], None, None),
+        ([photo, "--text", "a bird"], "a bird", None),
+        ([photo, "--text", "number 13", "--hybrid"], None, "number 13"),
+    ]:
+        out = json.loads(run("search", shop.db, *argv, *flags, "--k", "4", "--json"))
+        joined = enriched_text(text, generator.attributes)
+        seconds = out["enriched"].pop("seconds")
+        assert 0 < seconds < 60
+        assert out["enriched"] == {"text": joined, "attributes": generator.attributes, "invalid": None}
+        assert generator.asked.pop() == (photo, schema.ask(text))
+        expected = store.search(encode_items(student, images=[photo], texts=[joined])[0], 4, text=words)
+        assert [hit["item_id"] for hit in out["results"]] == [hit.item_id for hit in expected]
+        np.testing.assert_allclose([hit["score"] for hit in out["results"]], [hit.score for hit in expected], atol=1e-5)
+    first = run("search", shop.db, photo, *flags).splitlines()[0]
+    assert re.fullmatch(
+        rf"added by {re.escape(models['teacher'])} in \d+\.\d{{3}} s: Key attributes: crown: red; size: small", first
+    )
+
+
+def test_an_answer_that_is_not_valid_adds_nothing_and_that_is_said(stores, run, generator):
+    shop, generator.attributes = stores["texts"], None
+    photo, reason = str(shop.root / "6.png"), "not one <think> block and one <answer> block behind it"
+    for argv, text in [([photo], None), ([photo, "--text", "a bird"], "a bird")]:
+        out = json.loads(run("search", shop.db, *argv, *generator.flags, "--json"))
+        enriched = out["enriched"]
+        assert (enriched["text"], enriched["attributes"], enriched["invalid"]) == (text, None, reason)
+        assert out["results"] == found(run, shop.db, *argv)
+    shown = run("search", shop.db, photo, *generator.flags)
+    assert f" s: nothing, the answer is not valid: {reason}\n" in shown
+
+
+def test_attributes_that_cannot_join_are_refused(models, stores, shop, capsys, tmp_path):
+    photos, texts = stores["photos"].db, stores["texts"].db
+    photo, enrich, named = str(shop.root / "0.png"), ["--enrich", "query"], ["--generator", models["teacher"]]
+    for argv, expected in [
+        ([texts, photo, *enrich], "--enrich query was given without --generator; give both, or leave it out."),
+        ([texts, "red bird", *enrich, *named], "--enrich query was given without a photo; give both, or leave it out."),
+        ([texts, photo, *named], "--generator was given without --enrich; add --enrich query, or leave it out."),
+        ([texts, photo, "--enrich", "both"], "--enrich was given 'both'; expected one of query, none"),
+        ([texts, photo, *enrich, *named, "--max_new_tokens", "0"], "--max_new_tokens was given 0"),
+        ([texts, photo, *enrich, "--generator", str(tmp_path / "no")], "no' could not be loaded"),
+        ([texts, photo, *enrich, *named, "--schema", "no.yaml"], "cannot read the attribute schema no.yaml"),
+        (
+            [photos, photo, *enrich, *named],
+            f"--enrich was given, but the model of {photos} does not embed a photo together with a text; leave it out",
+        ),
+    ]:
+        assert expected in fails(capsys, ["search", *argv])
+
+
+def test_the_documented_store_has_attributes_in_its_titles(models, shop, run, monkeypatch, generator):
+    monkeypatch.chdir(shop.root)
+    Path(shop.source).rename("products.csv")
+    for split in ("train", "test"):
+        data = ["--data", "products.csv", "--split", split, "--out", "attributes.parquet"]
+        run("label", "attributes", "--teacher", models["teacher"], *data)
+    _, snippet = re.findall(r"```py\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[:2]
+    exec(snippet, {})
+    (command,) = re.findall(r"`fieldmark (index [^`]*enriched\.db)`", DOCS.read_text(encoding="utf-8"))
+    argv = shlex.split(command.replace("runs/products", models["texts"]))
+    assert f"{PHOTOS} items in enriched.db" in run(*argv)
+    titles = [enriched_text(row["title"], generator.attributes) for row in shop.rows]
+    photos = [str(shop.root / row["image"]) for row in shop.rows]
+    expected = encode_items(load_student(models["texts"]), images=photos, texts=titles)
+    store, names = Store.open("enriched.db"), [row["item_id"] for row in shop.rows]
+    np.testing.assert_allclose(store.vectors(names), expected, atol=1e-5)
+    assert store.items(["item-00"])[0].attributes == {"Main colour": "red"}
+
+
 def test_the_documented_snippet_runs(stores, tmp_path, monkeypatch, capsys):
     (tmp_path / "shop.db").symlink_to(stores["photos"].db)
     draw(3).save(tmp_path / "photo.jpg")
@@ -449,11 +549,13 @@ def test_the_documented_snippet_runs(stores, tmp_path, monkeypatch, capsys):
     assert len(names["alike"]) == 5
 
 
-def test_the_documented_commands_run(models, shop, run, monkeypatch):
+def test_the_documented_commands_run(models, shop, run, monkeypatch, generator):
     source = Path(shop.source)
     source.write_text(source.read_text(encoding="utf-8").replace("attr_Main colour", "attr_colour"), encoding="utf-8")
     (shop.root / "runs").mkdir()
     (shop.root / "runs" / "first").symlink_to(models["texts"])
+    (shop.root / "runs" / "products" / "4-rar").mkdir(parents=True)
+    (shop.root / "runs" / "products" / "4-rar" / "model").symlink_to(models["teacher"])
     draw(3).save(shop.root / "photo.jpg")
     monkeypatch.chdir(shop.root)
     blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
@@ -462,7 +564,8 @@ def test_the_documented_commands_run(models, shop, run, monkeypatch):
     (index,) = [argv for argv in commands if argv[0] == "index"]
     assert f"{PHOTOS} items in shop.db" in run(*index)
     answers = [found(run, *argv[1:]) for argv in commands if argv[0] == "search"]
-    assert [len(one) for one in answers] == [10, 5, 10, 10, 10]
+    assert [len(one) for one in answers] == [10, 5, 10, 10, 10, 10]
+    assert len(generator.asked) == 1
     assert [one[0]["item_id"] for one in answers[:3]] == ["item-03"] * 3
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from fieldmark.data import mining
-from fieldmark.data.mining import cluster_rows, drop_duplicates, folded, hard_negatives, semdedup, shared_titles
+from fieldmark.data.mining import (
+    cluster_rows,
+    drop_duplicates,
+    few_others,
+    folded,
+    hard_negatives,
+    semdedup,
+    shared_titles,
+)
 from fieldmark.errors import FieldmarkError
 
 
@@ -186,3 +194,24 @@ def test_titles_are_folded():
     assert folded("Cafe\u0301") == folded("CAF\u00c9")
     assert folded(" \n") is None
     assert folded(None) is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 7, 11, 12])
+def test_items_with_few_others_are_those_without_enough_negatives(count):
+    rng = np.random.default_rng(5)
+    labels = [("a", "b", "c", None)[i] for i in rng.integers(0, 4, 12)]
+    titles = [("one", "two", None)[i] for i in rng.integers(0, 3, 12)]
+    slow = 0
+    for i in range(12):
+        others = [
+            j
+            for j in range(12)
+            if j != i
+            and (labels[i] is None or labels[i] != labels[j])
+            and (titles[i] is None or titles[i] != titles[j])
+        ]
+        slow += len(others) < count
+    assert few_others(labels, titles, count) == slow
+    if count:
+        found = hard_negatives(rng.standard_normal((12, 4)).astype(np.float32), count, labels=labels, titles=titles)
+        assert int((found < 0).any(axis=1).sum()) == slow

@@ -205,6 +205,22 @@ def test_one_command_runs_all_stages(run):
     assert answers[0] != answers[1]
 
 
+def test_evaluate_asks_the_generator_and_finds_what_the_run_found(place, run, capsys):
+    """The whole way once more on the command line: answers, texts, vectors, metrics; and the cost beside the gain."""
+    argv = ["evaluate", str(run.out / "3-agcl"), "--data", str(place / "items.jsonl"), "--enrich", "query"]
+    argv += ["--generator", str(run.out / "1-generator" / "model"), "--schema", str(place / "schema.yaml")]
+    argv += ["--generator_resolution", str(SIDE), "--max_new_tokens", "64"]
+    capsys.readouterr()
+    assert cli.main([*argv, "--json"]) == 0
+    found, stored = json.loads(capsys.readouterr().out), metrics_of(run.out / "3-agcl")["after"]
+    names = [name for name in stored if "instance_" in name]
+    assert len(names) == 12
+    for name in names:
+        assert found[name] == pytest.approx(stored[name], abs=1e-6), name
+    assert found["seconds_per_query"] > 0
+    assert found["n_answers"] == TEST
+
+
 def test_cit_goes_on_from_stage_three_on_three_tenths_of_the_items(run):
     trained = weights(run.out / "3-agcl")
     start = run.starts["6-cit"]

@@ -178,7 +178,8 @@ def test_items_that_share_any_text_are_no_negatives_of_each_other(tmp_path, scor
     vectors = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
     vectors[3] = vectors[0]
     monkeypatch.setattr(maple, "photo_features", lambda config, student, photos: vectors)
-    sets = maple.mine(MapleConfig(**settings(tmp_path / "run", scores)), None, rows)
+    config = MapleConfig(**settings(tmp_path / "run", scores))
+    sets = maple.mine(config, None, maple.open_items(config, rows))
     assert 3 not in sets.negatives[0]
     assert 0 not in sets.negatives[3]
     assert sets.keys[0, 1] == sets.keys[3, 1]
@@ -206,7 +207,8 @@ def test_near_duplicates_are_left_out_and_counted(tmp_path, scores, monkeypatch,
     vectors = np.random.default_rng(0).normal(size=(12, 32)).astype(np.float32)
     vectors[7] = vectors[2] + 0.01  # cosine 0.9999
     monkeypatch.setattr(maple, "photo_features", lambda config, student, photos: vectors)
-    sets = maple.mine(MapleConfig(**settings(tmp_path / "run", scores, dedup_clusters=1)), None, rows)
+    config = MapleConfig(**settings(tmp_path / "run", scores, dedup_clusters=1))
+    sets = maple.mine(config, None, maple.open_items(config, rows))
     assert len(sets.photos) == 11
     assert len({"image 2", "image 7"} & set(sets.photos)) == 1
     assert "1 of 12 photos are near duplicates" in caplog.text

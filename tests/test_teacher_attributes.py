@@ -17,7 +17,14 @@ from fieldmark import cli
 from fieldmark.errors import FieldmarkError
 from fieldmark.teacher import attribute_labels
 from fieldmark.teacher import cache as cache_module
-from fieldmark.teacher.attribute_labels import attribute_cache, attributes_of, label_attributes, read_attributes
+from fieldmark.teacher.attribute_labels import (
+    ask_about_item,
+    attribute_cache,
+    attributes_of,
+    known_attributes,
+    label_attributes,
+    read_attributes,
+)
 from fieldmark.teacher.attributes import (
     MAX_ANSWER_CHARACTERS,
     AttributeSchema,
@@ -301,7 +308,7 @@ def talker(monkeypatch) -> list[int]:
     """Answers that say which item was asked about; none about "no answer". The list grows by each batch's size."""
     calls: list[int] = []
 
-    def speak(teacher, photos, questions, *, batch_size, **settings):
+    def speak(teacher, photos, questions, *, batch_size=16, **settings):
         for start in range(0, len(photos), batch_size):
             batch = range(start, min(start + batch_size, len(photos)))
             calls.append(len(batch))
@@ -343,9 +350,22 @@ def test_labels_belong_to_their_items_and_bad_answers_are_counted(teacher, photo
     assert read_attributes(path) == {
         (hashes[i], title): own for (i, title), own in zip(ITEMS[:-1], expected, strict=True)
     }
+    assert labels.asked == 5
+    assert labels.seconds_per_item == labels.seconds / 5 > 0
     talker.clear()
-    assert label(teacher, path, photos, batch_size=3) == labels
+    known = label(teacher, path, photos, batch_size=3)
+    assert known == labels
+    assert (known.asked, known.seconds_per_item) == (0, None)
     assert not talker
+
+
+def test_one_item_is_asked_about_as_many_are(teacher, photos, talker):
+    for i, title in ITEMS:
+        found = ask_about_item(teacher, photos[i], title, QUESTION, max_new_tokens=4)
+        if title == "no answer":
+            assert (found.attributes, found.reason) == (None, BLOCKS)
+        else:
+            assert found.attributes == {"photo": str(i), "title": title or "it"}
 
 
 def test_a_killed_job_goes_on(teacher, photos, tmp_path, talker, monkeypatch):
@@ -425,12 +445,20 @@ def test_attributes_of_a_catalogues_rows(teacher, photos, tmp_path, talker):
     assert found == [None, {"photo": "1", "title": "it"}, None, {"photo": "0", "title": "other"}]
     with pytest.raises(FieldmarkError, match="has attributes of none of the 1 items; give the file"):
         attributes_of(rows.select([2]), path)
+    assert known_attributes(rows, str(path)) == found
     with pytest.raises(FieldmarkError, match="does not exist"):
         attributes_of(rows, tmp_path / "missing.parquet")
     table = pq.read_table(path).replace_schema_metadata({"fieldmark": json.dumps({"answers": "captions"})})
     pq.write_table(table, tmp_path / "captions.parquet")
     with pytest.raises(FieldmarkError, match="holds captions, expected attributes"):
         read_attributes(tmp_path / "captions.parquet")
+
+
+def test_a_catalogues_own_attributes():
+    rows = Dataset.from_dict({"attributes": [{"bill": "red", "legs": None}, None, {"bill": None, "legs": None}]})
+    assert known_attributes(rows, "catalogue") == [{"bill": "red"}, None, None]
+    with pytest.raises(FieldmarkError, match="none of the 2 items has attributes of its own; add a column"):
+        known_attributes(rows.select([1, 2]), "catalogue")
 
 
 def write_table(place: Path, photos: list[str]) -> Path:

@@ -9,6 +9,25 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import interval, number, print_json, print_table, quiet_libraries
+from fieldmark.commands.enriching import (
+    EnrichOptions,
+    Gain,
+    Named,
+    check_enrich,
+    check_takes_both,
+    gain_rows,
+    name_attributes,
+    print_gains,
+)
+from fieldmark.commands.evaluate_teacher import (
+    TeacherOptions,
+    ask_teacher,
+    check_teacher,
+    print_teacher,
+    sampled_gap,
+    teacher_as_json,
+)
+from fieldmark.commands.labelling import say
 from fieldmark.data.options import CatalogOptions, read_catalog
 from fieldmark.errors import FieldmarkError
 
@@ -24,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class EvaluateOptions(CatalogOptions):
+class EvaluateOptions(TeacherOptions, EnrichOptions, CatalogOptions):
     """Arguments of `evaluate`.
 
     Attributes:
@@ -33,14 +52,14 @@ class EvaluateOptions(CatalogOptions):
         batch_size: photos embedded at once.
         ks: depths k of recall@k, for example 1,10,100,1000.
         query: what is searched with and for: image for photos alone, image+text for each photo together with its
-            title (a student made of a multimodal LLM takes both).
+            title (a student made of a multimodal LLM takes both); null is image, and image+text with --enrich.
         category: attribute that holds a product's category, for coarse retrieval; null takes `category` where there
             is one.
         downstream: also a linear probe, fitted to the train split, and k-means, both on categories.
         clustering: k-means of as many clusters as labels; false leaves it out, since it takes hours for tens of
             thousands of labels.
-        groups: JSONL of groups (image_0, image_1, caption_0, caption_1) for an image-text student; null makes them of
-            the catalogue.
+        groups: JSONL of groups (image_0, image_1, caption_0, caption_1) for an image-text student or a teacher; null
+            makes them of the catalogue.
         bad_files: CSV file to write the photos to that were skipped; their number is printed in any case.
         json: print one JSON object.
     """
@@ -49,7 +68,7 @@ class EvaluateOptions(CatalogOptions):
     split: Literal["train", "val", "test"] = "test"
     batch_size: int = 64
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    query: Literal["image", "image+text"] = "image"
+    query: Literal["image", "image+text"] | None = None
     category: str | None = None
     downstream: bool = False
     clustering: bool = True
@@ -58,7 +77,9 @@ class EvaluateOptions(CatalogOptions):
     json: bool = False
 
 
-EvaluateOptions.__doc__ = f"{CatalogOptions.__doc__}\n{EvaluateOptions.__doc__}"
+EvaluateOptions.__doc__ = "\n".join(
+    str(one.__doc__) for one in (CatalogOptions, EnrichOptions, TeacherOptions, EvaluateOptions)
+)
 
 
 def run(argv: list[str]) -> None:
@@ -76,6 +97,11 @@ def run(argv: list[str]) -> None:
         raise FieldmarkError("--ks was given no depth; expected one or more, such as 1,10,100.")
     for depth in options.ks:
         positive("ks", depth)
+    check_enrich(options)
+    check_teacher(options)
+    if options.query == "image" and options.enrich != "none":
+        raise FieldmarkError("--query image was given with --enrich, which joins titles; give --query image+text.")
+    options.query = options.query or ("image" if options.enrich == "none" else "image+text")
     quiet_libraries()
     from fieldmark.commands.models import load_model
     from fieldmark.data.catalog import select_split
@@ -90,28 +116,38 @@ def run(argv: list[str]) -> None:
     if options.bad_files is not None:
         write_bad_photos(bad, Path(options.bad_files))
     student = load_model(options.model)
+    if options.enrich != "none":
+        check_takes_both(student, options.model)
     metrics: dict[str, float] = {"n_bad_photos": len(bad)} if options.bad_photos == "skip" else {}
     with_texts = is_multimodal(student) and any(catalog["title"])
-    if options.groups and not with_texts:
+    if options.groups and not (with_texts or options.teacher):
         lacking = f"{options.data} has no titles" if is_multimodal(student) else f"{options.model} takes no texts"
         raise FieldmarkError(f"--groups was given, but {lacking}; leave it out, or give what has both.")
-    groups = find_groups(options.data, catalog, options.groups) if with_texts else []
+    wanted = with_texts or options.teacher is not None
+    groups = find_groups(options.data, catalog, options.groups, split=options.split) if wanted else []
+    teacher = ask_teacher(options, groups, options.data)
     measured = _photo_queries(options, student, whole, one_row_a_photo(catalog), with_texts=with_texts)
     metrics, intervals, more = measured.metrics | metrics, measured.intervals, measured.more
     if with_texts:
         texts = evaluate_multimodal(student, catalog, groups, batch_size=options.batch_size)
         metrics, intervals = metrics | texts.metrics, intervals | texts.intervals
         more["groups_by_category"] = texts.by_category
+        if teacher is not None:
+            metrics |= sampled_gap(teacher, texts)
     if options.json:
         about = {"model": options.model, "data": options.data, "split": options.split, "query": options.query}
-        print_json({**about, **metrics, "intervals": intervals, **more})
+        asked = {} if teacher is None else teacher_as_json(options, teacher)
+        print_json({**about, **metrics, "intervals": intervals, **more, **asked})
         return
     rows = [(name, number(value, name), interval(intervals.get(name))) for name, value in metrics.items()]
     title = f"{options.model} on {options.data} ({options.split})"
     print_table(title, ("metric", "value", "95 % interval over queries"), rows)
+    _print_enriched(options, metrics, more)
     _print_pairs(more.get("hardest_class_pairs", []))
     _print_by_attributes(more.get("recall_by_differing_attributes", []))
     _print_categories(more.get("groups_by_category", {}))
+    if teacher is not None:
+        print_teacher(options, teacher, metrics)
 
 
 def one_row_a_photo(catalog: datasets.Dataset) -> datasets.Dataset:
@@ -145,6 +181,8 @@ def _photo_queries(
 
     categories, with_titles = _categories(options, catalog), options.query == "image+text"
     labelled = all(catalog["label"]) and has_positives(catalog)
+    enriched = options.enrich != "none" and (labelled or categories is not None)
+    named = name_attributes(options, catalog) if enriched else None
     if labelled or not (with_texts or categories):
         found = evaluate_student(
             student, catalog, batch_size=options.batch_size, ks=options.ks, with_titles=with_titles,
@@ -155,8 +193,9 @@ def _photo_queries(
     elif categories:
         measured, by_label, vectors = _Measured({}, {}, {}), None, _embed(options, student, catalog)
     elif with_titles:
+        flag = "--query image+text" if options.enrich == "none" else "--enrich"
         raise FieldmarkError(
-            "--query image+text was given for photos without another one of their label or category to find; leave it "
+            f"{flag} was given for photos without another one of their label or category to find; leave it "
             "out, or give a catalogue with several photos a label"
         )
     else:
@@ -167,9 +206,44 @@ def _photo_queries(
         products = evaluate_products(by_label, vectors, catalog, categories)
         measured.metrics.update(products.metrics)
         measured.intervals.update(products.intervals)
+    if named is not None:
+        _add_enriched(options, student, catalog, named, measured, vectors, categories, labelled=labelled)
     if options.downstream:
         measured.metrics.update(_downstream(options, student, whole, vectors, categories or []))
     return measured
+
+
+def _add_enriched(
+    options: EvaluateOptions,
+    student: SentenceTransformer,
+    catalog: datasets.Dataset,
+    named: Named,
+    measured: _Measured,
+    vectors: np.ndarray,
+    categories: list[str | None] | None,
+    *,
+    labelled: bool,
+) -> None:
+    """What photos with titles and attributes find, beside what those without do, and what a generator cost."""
+    from fieldmark.evaluation.enriched import PREFIX, enriched_rows, evaluate_asked
+    from fieldmark.evaluation.uncertainty import bootstrap_intervals
+    from fieldmark.progress import JobProgress
+
+    with JobProgress("measuring with attributes", len(enriched_rows(catalog, named.of, options.enrich))) as job:
+        asked = evaluate_asked(
+            student, catalog, named.of, vectors, enrich=options.enrich, categories=categories, labelled=labelled,
+            batch_size=options.batch_size, progress=job.update,
+        )  # fmt: skip
+    if asked.per_query is not None:
+        values = {PREFIX + name: each for name, each in asked.per_query.values(options.ks).items()}
+        measured.metrics.update({name: float(each.mean()) for name, each in values.items()})
+        measured.intervals.update(bootstrap_intervals(values))
+    measured.metrics.update(asked.metrics)
+    measured.intervals.update(asked.intervals)
+    cost = None if named.labels is None else named.labels.seconds_per_item
+    measured.more.update({"enrich": options.enrich, "seconds_per_query": cost})
+    if named.labels is not None:
+        measured.more.update({"n_answers": named.labels.answers, "invalid_answers": dict(named.labels.invalid)})
 
 
 def _categories(options: EvaluateOptions, catalog: datasets.Dataset) -> list[str | None] | None:
@@ -246,6 +320,17 @@ def _print_pairs(pairs: list[dict[str, Any]]) -> None:
         rows.append(row)
     columns = ("classes", "confused", *(["attributes that differ"] if known else []))
     print_table("hardest class pairs", columns, rows)
+
+
+def _print_enriched(options: EvaluateOptions, metrics: dict[str, float], more: dict[str, Any]) -> None:
+    for name in ("instance_recall@1", "coarse_map@1"):
+        if f"enriched_{name}" in metrics:
+            what = options.generator or options.attributes or ""
+            gain = Gain(what, metrics[name], metrics[f"enriched_{name}"], more["seconds_per_query"])
+            print_gains(name, gain_rows([gain]))
+            break
+    for reason, count in more.get("invalid_answers", {}).items():
+        say(f"{count} of {more['n_answers']} answers are not valid: {reason}")
 
 
 def _print_categories(categories: dict[str, dict[str, float]]) -> None:

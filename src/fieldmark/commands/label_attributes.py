@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,28 +57,29 @@ def run(argv: list[str]) -> None:
     for photo, titles in zip(items.photos, items.titles, strict=True):
         asked += [(photo, title) for title in titles] or [(photo, None)]
     teacher = load_teacher(options)
-    with attribute_cache(
-        out,
-        teacher,
-        schema,
-        temperature=options.temperature,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-        resolution=options.resolution,
-    ) as cache:
-        before, started = len(cache.rows), time.monotonic()
-        with JobProgress("attributes", len(asked)) as job:
-            labels = label_attributes(
-                teacher,
-                [photo for photo, _ in asked],
-                [title for _, title in asked],
-                cache,
-                schema,
-                batch_size=options.batch_size,
-                progress=job.update,
-            )
-    new, seconds = len(cache.rows) - before, time.monotonic() - started
-    now = f"{new} of them asked now, {new / seconds:.1f} answers/s" if new else "all known before, nothing was asked"
+    with (
+        attribute_cache(
+            out,
+            teacher,
+            schema,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            resolution=options.resolution,
+        ) as cache,
+        JobProgress("attributes", len(asked)) as job,
+    ):
+        labels = label_attributes(
+            teacher,
+            [photo for photo, _ in asked],
+            [title for _, title in asked],
+            cache,
+            schema,
+            batch_size=options.batch_size,
+            progress=job.update,
+        )
+    speed = f"{labels.asked} of them asked now, {labels.asked / labels.seconds:.1f} answers/s"
+    now = speed if labels.asked else "all known before, nothing was asked"
     say(f"{len(items.photos)} photos, {labels.answers} answers, {now}: {out}")
     for reason, count in labels.invalid.most_common():
         say(f"{count} answers are not valid: {reason}")

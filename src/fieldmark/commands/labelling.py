@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -162,21 +161,13 @@ def check_negatives(items: LabelItems, count: int) -> None:
     Raises:
         FieldmarkError: photos with fewer than `count` others of another label and title.
     """
-    from fieldmark.data.mining import shared_titles
+    from fieldmark.data.mining import few_others, shared_titles
 
-    pairs = list(zip(items.labels, shared_titles(items.titles), strict=True))
-    labels, titles, both = Counter(label for label, _ in pairs), Counter(title for _, title in pairs), Counter(pairs)
-    short = 0
-    for label, title in pairs:
-        # An unknown label or title is nobody else's; those who share both were counted twice.
-        same_label = 1 if label is None else labels[label]
-        same_title = 1 if title is None else titles[title]
-        same_both = 1 if None in (label, title) else both[label, title]
-        short += len(pairs) - (same_label + same_title - same_both) < count
+    short = few_others(items.labels, shared_titles(items.titles), count)
     if short:
         raise FieldmarkError(
-            f"{short} of {len(pairs)} photos have fewer than {count} others of another label and title to compare "
-            "with; lower --negatives, or add photos."
+            f"{short} of {len(items.photos)} photos have fewer than {count} others of another label and title to "
+            "compare with; lower --negatives, or add photos."
         )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import number, print_json, print_table, quiet_libraries
+from fieldmark.commands.enriching import GeneratorOptions, ask_about_query, check_generator, check_takes_both
+from fieldmark.commands.labelling import say
 from fieldmark.errors import FieldmarkError
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ URIS = ("aviary://", "tar://")
 
 
 @dataclass
-class SearchOptions:
+class SearchOptions(GeneratorOptions):
     """Arguments of `search`.
 
     Attributes:
@@ -29,6 +31,7 @@ class SearchOptions:
             attributes.
         hybrid: look for the text's words in titles and attributes too (with a photo, only there), and join both orders.
         model: where the student lies now, if not where it lay when the store was made.
+        enrich: query lets --generator name attributes of the photo (and of its text), which then join the text.
         json: print one JSON object.
     """
 
@@ -39,7 +42,11 @@ class SearchOptions:
     where: str | None = None
     hybrid: bool = False
     model: str | None = None
+    enrich: Literal["query", "none"] = "none"
     json: bool = False
+
+
+SearchOptions.__doc__ = f"{SearchOptions.__doc__}\n{GeneratorOptions.__doc__}"
 
 
 def run(argv: list[str]) -> None:
@@ -65,13 +72,20 @@ def run(argv: list[str]) -> None:
     words = options.text if options.hybrid else None
     # With a photo, words are looked for and not embedded: a student of photos alone can be asked so too.
     embedded = None if words and options.image else options.text
+    added = None
+    if options.enrich == "query":
+        check_takes_both(student, f"the model of {options.store}")
+        added = _describe(options, embedded)
+        embedded = added["text"]
     vector = query_vector(student, image=options.image, text=embedded)
     hits = store.search(vector, options.k, options.where, words)
     if options.json:
         query = {name: getattr(options, name) for name in ("image", "text", "where", "hybrid", "k")}
         results = [{name: value for name, value in asdict(hit).items() if name != "row"} for hit in hits]
-        print_json({"query": query, "results": results})
+        print_json({"query": query, **({"enriched": added} if added else {}), "results": results})
         return
+    if added:
+        _say_added(options, added)
     _print(options, hits, store.count())
 
 
@@ -109,9 +123,32 @@ def _check(options: SearchOptions, *, texts: bool) -> None:
             f"A text was given, and the model of {options.store} embeds photos only; search with a photo, or with a "
             "photo and --text WORDS --hybrid."
         )
+    check_generator(options)
+    if options.enrich == "none" and options.generator is not None:
+        raise FieldmarkError("--generator was given without --enrich; add --enrich query, or leave it out.")
+    if options.enrich == "query" and (options.generator is None or options.image is None):
+        lacking = "--generator" if options.generator is None else "a photo"
+        raise FieldmarkError(f"--enrich query was given without {lacking}; give both, or leave it out.")
     fault = None if options.image is None else photo_fault(options.image)
     if fault is not None:
         raise FieldmarkError(f"The photo {options.image} cannot be read: {fault}.")
+
+
+def _describe(options: SearchOptions, text: str | None) -> dict[str, Any]:
+    """What is searched with in place of the text, the attributes in it (or why there are none), and the seconds."""
+    from fieldmark.students.enrich import enriched_text
+
+    assert options.image is not None
+    answer, seconds = ask_about_query(options, options.image, text)
+    joined = enriched_text(text, answer.attributes) or None
+    return {"text": joined, "attributes": answer.attributes, "invalid": answer.reason, "seconds": seconds}
+
+
+def _say_added(options: SearchOptions, added: dict[str, Any]) -> None:
+    from fieldmark.students.enrich import enriched_text
+
+    what = enriched_text(None, added["attributes"]) or f"nothing, the answer is not valid: {added['invalid']}"
+    say(f"added by {options.generator} in {added['seconds']:.3f} s: {what}")
 
 
 def _print(options: SearchOptions, hits: list[Hit], count: int) -> None:

@@ -56,6 +56,7 @@ def how_to_resume(out: Path) -> str:
 def show_run(out: Path) -> None:
     """Prints a finished run: metrics before and after, and where it lies."""
     from fieldmark.commands.console import SHOWN, console, number, print_table
+    from fieldmark.commands.enriching import print_gains
 
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     before, after = metrics["before"], metrics["after"]
@@ -66,34 +67,21 @@ def show_run(out: Path) -> None:
     ]
     if rows:
         print_table(f"{metrics['method']}, seed {metrics['seed']}", ("", "before", "after", "change"), rows)
-    gains = enriched_rows(metrics)
-    if gains:
-        print_table(
-            "queries with attributes, instance recall@1", ("", "without", "with", "gain", "seconds a query"), gains
-        )
+    print_gains("instance_recall@1", enriched_rows(metrics))
     console().print(f"{metrics['seconds']:.0f} s; the run: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 def enriched_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What attributes in queries gain, and what a generator's cost; empty where no query had any."""
-    from fieldmark.commands.console import number
+    from fieldmark.commands.enriching import Gain, gain_rows
     from fieldmark.methods.afmrl_report import GENERATORS
 
     name, ladder, seconds = "instance_recall@1", metrics.get("ladder", {}), metrics.get("seconds_per_query", {})
     found = [
-        (what, ladder["agcl"][name], ladder[f"agcl + {what}"][name], seconds.get(stage))
+        Gain(what, ladder["agcl"][name], ladder[f"agcl + {what}"][name], seconds.get(stage))
         for stage, what in GENERATORS.items()
         if f"agcl + {what}" in ladder
     ]
     if f"enriched_{name}" in metrics["after"]:
-        found.append((metrics["method"], metrics["after"][name], metrics["after"][f"enriched_{name}"], None))
-    return [
-        (
-            what,
-            number(plain),
-            number(enriched),
-            f"{enriched - plain:+.3f}",
-            "not measured here" if cost is None else f"{cost:.3f}",
-        )
-        for what, plain, enriched, cost in found
-    ]
+        found.append(Gain(metrics["method"], metrics["after"][name], metrics["after"][f"enriched_{name}"], None))
+    return gain_rows(found)

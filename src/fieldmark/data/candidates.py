@@ -33,12 +33,7 @@ class CandidateSets:
     keys: Tensor
 
     def __post_init__(self) -> None:
-        short = np.flatnonzero((self.negatives < 0).any(axis=1))
-        if len(short):
-            raise FieldmarkError(
-                f"{len(short)} of {len(self.photos)} items have fewer than {self.negatives.shape[1]} others of another "
-                "label and title to compare with; lower negatives, or add items"
-            )
+        check_others(int((self.negatives < 0).any(axis=1).sum()), *self.negatives.shape)
 
     def text(self, item: int, *, seed: int, step: int) -> str:
         """The text of an item in one step: any of its texts alike (MAPLE table 8, strategy C)."""
@@ -68,6 +63,15 @@ class CandidateBatch:
         row = {item: place for place, item in enumerate(items)}
         sets = [[row[anchor], *(row[other] for other in others)] for anchor, others in zip(anchors, chosen.tolist())]
         return cls(items, len(anchors), torch.tensor(sets))
+
+
+def check_others(short: int, items: int, negatives: int) -> None:
+    """Refuses items of which some (`short` of them) have too few others to be their hard negatives."""
+    if short:
+        raise FieldmarkError(
+            f"{short} of {items} items have fewer than {negatives} others of another label and title to compare with; "
+            "lower negatives, or add items"
+        )
 
 
 def match_keys(labels: Sequence[str | None], titles: Sequence[str | None]) -> Tensor:

@@ -17,13 +17,14 @@ from fieldmark.errors import FieldmarkError
 GROUPS = 240
 
 
-def find_groups(source: str, rows: datasets.Dataset, path: str | None = None) -> list[Group]:
+def find_groups(source: str, rows: datasets.Dataset, path: str | None = None, *, split: str = "test") -> list[Group]:
     """The groups to measure on: of a file, of the aviary, else pairs of items that differ in one attribute.
 
     Args:
         source: the catalogue.
-        rows: its test rows.
+        rows: its rows that are measured on.
         path: a JSONL file, see `read_groups`.
+        split: what these rows are called in the catalogue; the aviary's groups show the species of this split.
 
     Returns:
         Groups; none where the catalogue has no attributes or no such pairs.
@@ -31,7 +32,7 @@ def find_groups(source: str, rows: datasets.Dataset, path: str | None = None) ->
     if path is not None:
         return read_groups(Path(path))
     if source.partition(":")[0] == "aviary":
-        return aviary_groups("test", GROUPS)
+        return aviary_groups(split, GROUPS)
     return attribute_groups(rows, GROUPS)
 
 

@@ -10,6 +10,7 @@ blocks; the clusters add theirs (4 bytes x clusters x D, a few times).
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -123,6 +124,19 @@ def shared_titles(titles: Sequence[Sequence[str]]) -> list[str | None]:
         for other in own[1:]:
             parent[root(other)] = root(own[0])
     return [root(own[0]) if own else None for own in known]
+
+
+def few_others(labels: Sequence[Any], titles: Sequence[Any], count: int) -> int:
+    """How many of N items have fewer than `count` others of another label and title; None is nobody else's."""
+    pairs = list(zip(labels, titles, strict=True))
+    of_label, of_title, of_both = Counter(labels), Counter(titles), Counter(pairs)
+    short = 0
+    for label, title in pairs:
+        same_label = 1 if label is None else of_label[label]
+        same_title = 1 if title is None else of_title[title]
+        same_both = 1 if None in (label, title) else of_both[label, title]  # these were counted twice
+        short += len(pairs) - (same_label + same_title - same_both) < count
+    return short
 
 
 def hard_negatives(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -72,7 +72,9 @@ def evaluate_enriched(
     images, titles = list(catalog["image"]), list(catalog["title"])
     if len(attributes) != len(images):
         raise FieldmarkError(f"{len(attributes)} attributes were given for {len(images)} items; expected one for each")
-    with JobProgress("measuring", (3 + (enrich != "none")) * len(images)) as job:
+    labelled = all(catalog["label"]) and has_positives(catalog)
+    steps = 3 * len(images)
+    with JobProgress("measuring", steps + labelled * len(enriched_rows(catalog, attributes, enrich))) as job:
         done = 0
 
         def embed(photos: list | None, texts: list[str] | None) -> np.ndarray:
@@ -84,26 +86,86 @@ def evaluate_enriched(
             )
 
         photos, texts, both = embed(images, None), embed(None, titles), embed(images, titles)
-        asked = both
+        ids = [image if label is None else label for image, label in zip(images, catalog["label"], strict=True)]
+        names = [str(one) for one in ids]
+        found = EnrichedEvaluation(cross_modal_recall(photos, texts, names, names, KS), {}, both)
+        if not labelled:
+            logger.warning(
+                "Test items without a label, or no two of one product: products and categories are not measured"
+            )
+            return found
+        labels, categories = catalog["label"][:], categories_of(catalog, category)
+        found.per_query = retrieval_per_query(both, labels, roles=list(catalog["role"]), k=max(KS))
+        products = evaluate_products(found.per_query, both, catalog, categories)
+        found.metrics |= products.metrics | clustering_metrics(both, labels)
+        found.intervals |= products.intervals
         if enrich != "none":
-            joined = [enriched_text(title, own) for title, own in zip(titles, attributes, strict=True)]
-            asked = embed(images, joined)
-    ids = [image if label is None else label for image, label in zip(images, catalog["label"], strict=True)]
-    names = [str(one) for one in ids]
-    metrics = cross_modal_recall(photos, texts, names, names, KS)
-    found = EnrichedEvaluation(metrics, {}, both)
-    if not (all(catalog["label"]) and has_positives(catalog)):
-        logger.warning("Test items without a label, or no two of one product: products and categories are not measured")
-        return found
-    labels, roles, categories = catalog["label"][:], list(catalog["role"]), categories_of(catalog, category)
-    found.per_query = retrieval_per_query(both, labels, roles=roles, k=max(KS))
-    products = evaluate_products(found.per_query, both, catalog, categories)
-    found.metrics |= products.metrics | clustering_metrics(both, labels)
-    found.intervals |= products.intervals
-    if enrich != "none":
-        gallery = asked if enrich == "both" else both
-        found.enriched = retrieval_per_query(gallery, labels, roles=roles, asked_with=asked, k=max(KS))
-        products = evaluate_products(found.enriched, gallery, catalog, categories, asked_with=asked)
-        found.metrics |= {PREFIX + name: value for name, value in products.metrics.items()}
-        found.intervals |= {PREFIX + name: values for name, values in products.intervals.items()}
+            asked = evaluate_asked(
+                student, catalog, attributes, both, enrich=enrich, categories=categories, labelled=True,
+                batch_size=batch_size, progress=lambda n: job.update(steps + n),
+            )  # fmt: skip
+            found.enriched = asked.per_query
+            found.metrics |= asked.metrics
+            found.intervals |= asked.intervals
     return found
+
+
+class AskedWithAttributes(NamedTuple):
+    """What queries with attributes find: the means of `evaluate_products` and their intervals, as `enriched_...`; what
+    each query found, None without labels.
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    per_query: PerQuery | None
+
+
+def evaluate_asked(
+    student: SentenceTransformer,
+    catalog: datasets.Dataset,
+    attributes: Sequence[Mapping[str, Any] | None],
+    vectors: np.ndarray,
+    *,
+    enrich: Enrich,
+    categories: Sequence[str | None] | None,
+    labelled: bool,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> AskedWithAttributes:
+    """Retrieval of products by photos with titles and attributes, where that without attributes is measured already.
+
+    Args:
+        student: embeds a photo together with a text.
+        catalog: N rows with titles, and roles.
+        attributes: of each row, None where there are none.
+        vectors: [N, D] of photos with titles alone; rows that attributes do not change keep them.
+        enrich: whose titles attributes join, see `evaluate_enriched`.
+        categories: of each row, for coarse retrieval; None leaves it out.
+        labelled: whether the labels are products with several items; false leaves instance retrieval out.
+        batch_size: items embedded at once.
+        progress: called with the number of `enriched_rows` embedded.
+    """
+    asked, rows = vectors.copy(), enriched_rows(catalog, attributes, enrich)
+    if rows:
+        part = catalog.select(rows)
+        texts = [enriched_text(title, attributes[row]) for row, title in zip(rows, part["title"], strict=True)]
+        asked[rows] = encode_items(
+            student, images=list(part["image"]), texts=texts, batch_size=batch_size, progress=progress
+        )
+    gallery, found = asked if enrich == "both" else vectors, None
+    if labelled:
+        roles = list(catalog["role"])
+        found = retrieval_per_query(gallery, catalog["label"][:], roles=roles, asked_with=asked, k=max(KS))
+    products = evaluate_products(found, gallery, catalog, categories, asked_with=asked)
+    means = {PREFIX + name: products.metrics[name] for name in products.intervals}  # counts are those without
+    return AskedWithAttributes(means, {PREFIX + name: bounds for name, bounds in products.intervals.items()}, found)
+
+
+def enriched_rows(
+    catalog: datasets.Dataset, attributes: Sequence[Mapping[str, Any] | None], enrich: Enrich
+) -> list[int]:
+    """Rows that attributes change: those that ask, of both sides also those that are found."""
+    if enrich == "none":
+        return []
+    sides = zip(attributes, catalog["role"], strict=True)
+    return [row for row, (own, role) in enumerate(sides) if own and (enrich == "both" or role != "gallery")]

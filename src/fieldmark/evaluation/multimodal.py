@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +13,13 @@ from sentence_transformers import SentenceTransformer
 from fieldmark.data.captions import Group
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.cross_modal import cross_modal_recall
-from fieldmark.evaluation.groups import group_scores, group_scores_by_category, group_similarity
+from fieldmark.evaluation.groups import group_hits, group_scores, group_scores_by_category, group_similarity
 from fieldmark.evaluation.modality_gap import ModalityGap, modality_gap
-from fieldmark.evaluation.uncertainty import bootstrap_interval
+from fieldmark.evaluation.uncertainty import bootstrap_intervals
 from fieldmark.progress import JobProgress
 from fieldmark.students.items import encode_items
+
+logger = logging.getLogger(__name__)
 
 KS = (1, 5, 10)
 
@@ -27,13 +30,15 @@ class MultimodalEvaluation:
 
     Attributes:
         metrics: `i2t_recall@k`, `t2i_recall@k`, `n_images`, `n_texts`; with groups `text_score`, `image_score`,
-            `group_score`, `n_groups`, and the modality gap `gap_dist`, `gap_disc`, `gap_ratio`.
+            `group_score`, `n_groups`, and of several the modality gap `gap_dist`, `gap_disc`, `gap_ratio`.
         photos: [N, D] vectors of the distinct photos.
         texts: [M, D] vectors of the titles.
         groups: [G, 2, 2] cosines of photo i and caption t of each group.
         by_category: group scores of each category.
-        gap: distributions behind the modality gap; None without groups.
+        gap: distributions behind the modality gap; None without groups, and of one alone.
         intervals: 95 % bootstrap interval over groups of each group score.
+        group_photos: [G, 2, D] vectors of the groups' photos; None without groups.
+        group_texts: [G, 2, D] vectors of their captions.
     """
 
     metrics: dict[str, float]
@@ -43,6 +48,8 @@ class MultimodalEvaluation:
     by_category: dict[str, dict[str, float]] = field(default_factory=dict)
     gap: ModalityGap | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    group_photos: np.ndarray | None = None
+    group_texts: np.ndarray | None = None
 
 
 def evaluate_multimodal(
@@ -99,15 +106,13 @@ def evaluate_multimodal(
     similarity = group_similarity(group_photos, group_texts)
     metrics |= group_scores(similarity)
     gap = None
-    if len(groups) > 1:  # one alone has no other text or photo to be compared with
+    if len(groups) > 1:
         gap = modality_gap(group_texts[:, 0], group_texts[:, 1], group_photos[:, 0], group_photos[:, 1])
-        metrics |= {"gap_dist": gap.w_dist, "gap_disc": gap.w_disc, "gap_ratio": gap.ratio}
+        metrics |= gap.metrics
+    else:
+        logger.warning("the modality gap is left out: one group alone has no other text or photo to be compared with")
     categories = group_scores_by_category(similarity, [g.category for g in groups])
-    own, crossed = similarity[:, [0, 1], [0, 1]], similarity[:, [0, 1], [1, 0]]
-    right = {
-        "text_score": (own > crossed).all(axis=1),
-        "image_score": (own > crossed[:, ::-1]).all(axis=1),
-    }
-    right["group_score"] = right["text_score"] & right["image_score"]
-    intervals = {name: bootstrap_interval(values) for name, values in right.items()}
-    return MultimodalEvaluation(metrics, photos, texts, similarity, categories, gap, intervals)
+    intervals = bootstrap_intervals(group_hits(similarity))
+    return MultimodalEvaluation(
+        metrics, photos, texts, similarity, categories, gap, intervals, group_photos, group_texts
+    )

@@ -305,17 +305,13 @@ def name_attributes(stages: Stages, stage: str) -> dict[str, Any]:
         seed=config.seed,
         resolution=square_side(teacher, config.resolution),  # as it was trained
     )
-    started = time.monotonic()
     with cache, JobProgress(stage.replace("_", " "), len(photos)) as job:
-        before = len(cache.rows)
         labels = label_attributes(teacher, photos, titles, cache, schema, progress=job.update)
-        asked = len(cache.rows) - before
-    seconds = time.monotonic() - started
     return {
         "items": labels.answers,
         "valid": 1 - sum(labels.invalid.values()) / labels.answers,
         "invalid": dict(labels.invalid),
-        "seconds_per_item": seconds / asked if asked else None,
+        "seconds_per_item": labels.seconds_per_item,
     }
 
 

@@ -64,11 +64,10 @@ from fieldmark.students.enrich import enriched_text
 from fieldmark.students.frozen_tower import TowerTokens, remembered_tower
 from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import merge_lora
-from fieldmark.teacher.attribute_labels import attributes_of
+from fieldmark.teacher.attribute_labels import known_attributes
 
 logger = logging.getLogger(__name__)
 
-CATALOGUE = "catalogue"
 _ENRICHED, _SHUFFLED = 7, 8  # random streams that must not share a seed
 
 
@@ -289,20 +288,7 @@ def find_attributes(config: AgclConfig, rows: datasets.Dataset) -> list[Attribut
     Raises:
         FieldmarkError: none of the rows has any.
     """
-    if config.attributes is None:
-        return [None] * len(rows)
-    if config.attributes != CATALOGUE:
-        return list(attributes_of(rows, Path(config.attributes)))
-    own: list[Attributes] = [
-        {name: value for name, value in (found or {}).items() if value is not None} or None
-        for found in rows["attributes"]
-    ]
-    if not any(own):
-        raise FieldmarkError(
-            f"no item of {config.data} has attributes; add a column (--attribute_columns), or give --attributes "
-            "F.parquet of `fieldmark label attributes`."
-        )
-    return own
+    return [None] * len(rows) if config.attributes is None else list(known_attributes(rows, config.attributes))
 
 
 def has_pairs(rows: datasets.Dataset) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 
 from fieldmark.data.candidates import CandidateSets
@@ -21,9 +20,8 @@ from fieldmark.evaluation.report import write_report
 from fieldmark.evaluation.report_image_text import CandidateExample
 from fieldmark.evaluation.uncertainty import Paired, p_text, paired_test
 from fieldmark.methods.reporting import FinishedRun, cost, curves, percent
-from fieldmark.progress import JobProgress
+from fieldmark.methods.teacher_groups import on_accelerator, score_groups
 from fieldmark.students.items import encode_items
-from fieldmark.teacher.labels import alignment_cache, label_alignment
 from fieldmark.teacher.model import Teacher
 
 SHOWN = ("i2t_recall@1", "t2i_recall@1", "text_score", "image_score", "group_score", "gap_ratio")
@@ -90,9 +88,10 @@ class ImageTextWitness:
             seed: chooses the examples.
 
         Raises:
-            FieldmarkError: see `label_alignment`.
+            FieldmarkError: see `fieldmark.teacher.labels.label_alignment`.
         """
-        scores = score_groups(teacher, groups, path, resolution)
+        with on_accelerator(teacher):
+            scores = score_groups(teacher, groups, path, resolution)
         to_photos, to_texts = set_scores(sets, alignment) if alignment is not None else (np.zeros((0, 0)),) * 2
         anchors = _chosen(to_photos, seed)
         return cls(groups, scores, sets, to_photos, to_texts, anchors, set_cosines(student, sets, anchors))
@@ -121,22 +120,6 @@ class ImageTextWitness:
         captions = [(group.caption_0, group.caption_1) for group in self.groups]
         categories = [group.category for group in self.groups]
         return GroupResults(captions, categories, self.teacher, before.groups, after.groups)
-
-
-def score_groups(teacher: Teacher, groups: Sequence[Group], path: Path, resolution: int | None) -> np.ndarray:
-    """[G, 2, 2] the teacher's score of photo i with caption t of each group, asked for once a file."""
-    photos = [photo for group in groups for photo in (group.image_0, group.image_1)]
-    texts = [[group.caption_0, group.caption_1] for group in groups for _ in (0, 1)]
-    if not photos:
-        return np.zeros((0, 2, 2))
-    teacher.model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    with (
-        JobProgress("alignment of test groups", len(photos)) as job,
-        alignment_cache(path, teacher, resolution) as cache,
-    ):
-        scores = label_alignment(teacher, photos, texts, cache, resolution=resolution, progress=job.update)
-    teacher.model.to("cpu")
-    return np.array(scores, dtype=np.float64).reshape(-1, 2, 2)
 
 
 def set_scores(sets: CandidateSets, alignment: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -230,9 +213,10 @@ def summary(run: FinishedRun, train: datasets.Dataset, results: GroupResults | N
             f"{percent(before['text_score'])} to {percent(after['text_score'])} %, image score "
             f"{percent(before['image_score'])} to {percent(after['image_score'])} %."
         )
-        sentences.append(
-            f"The modality gap went from {before['gap_ratio']:.2f} to {after['gap_ratio']:.2f} (lower is better)."
-        )
+        if "gap_ratio" in after:  # one group alone has none
+            sentences.append(
+                f"The modality gap went from {before['gap_ratio']:.2f} to {after['gap_ratio']:.2f} (lower is better)."
+            )
     return " ".join(sentences)
 
 

@@ -23,6 +23,7 @@ or a dual encoder (`student_kind`), which the paper does not train. Deviations a
 6. Texts are the catalogue's titles, or comparative captions of `fieldmark label captions` (`captions`): a photo's from
    all pairs that it stands in, where the paper draws from those of the anchor's set.
 7. AdamW's weight decay is that of all parameters, also of log tau and log beta.
+8. All photos that are left are trained on; the paper draws an eighth of each cluster (stratified sampling).
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from fieldmark.data.candidates import AnchorSteps, CandidateBatch, CandidateSets, match_keys
+from fieldmark.data.candidates import AnchorSteps, CandidateBatch, CandidateSets, check_others, match_keys
 from fieldmark.data.captions import Group
 from fieldmark.data.catalog import select_split
 from fieldmark.data.checks import BadPhoto
 from fieldmark.data.groups import find_groups
-from fieldmark.data.mining import folded, hard_negatives, semdedup, shared_titles
+from fieldmark.data.mining import few_others, folded, hard_negatives, semdedup, shared_titles
 from fieldmark.data.options import read_catalog
 from fieldmark.data.squares import Squares
 from fieldmark.errors import FieldmarkError
@@ -75,7 +76,7 @@ from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import merge_lora
 from fieldmark.teacher.cache import photo_hash
 from fieldmark.teacher.describe import read_captions
-from fieldmark.teacher.labels import alignment_cache, candidate_texts, label_alignment
+from fieldmark.teacher.labels import alignment_cache, candidate_texts, check_alignment, label_alignment
 from fieldmark.teacher.model import Teacher
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,27 @@ class ImageTextTask:
     bad: list[BadPhoto]
 
 
+@dataclass
+class TrainItems:
+    """Photos to train on, each once, and what is said of them.
+
+    Attributes:
+        photos: N photo references.
+        texts: the texts of each, one or more, each once.
+        titles: the titles of each; none, one, or several where several rows show one photo.
+        labels: label of each.
+    """
+
+    photos: list[Any]
+    texts: list[list[str]]
+    titles: list[list[str]]
+    labels: list[str | None]
+
+    def select(self, items: Sequence[int]) -> TrainItems:
+        """Some of them."""
+        return TrainItems(*([part[item] for item in items] for part in vars(self).values()))
+
+
 class MapleObjective(nn.Module):
     """Eq. 9 over the embeddings of a batch's photos and texts; holds tau and beta."""
 
@@ -262,6 +284,7 @@ def train(config: MapleConfig) -> Path:
     started = time.time()
     # 1. Catalogue: items with a photo and texts; groups to measure
     task = open_task(config)
+    items = open_items(config, task.train)
     # 2. Teacher
     if config.teacher is None:
         raise FieldmarkError(
@@ -271,13 +294,14 @@ def train(config: MapleConfig) -> Path:
     teacher = Teacher.load(config.teacher, dtype=getattr(torch, config.teacher_dtype))
     # 3. Student
     student = make_student(config)
+    check_texts(config, teacher, student, task, items)
     out = check_folder(config, task.bad)
     # 4. The untrained student. The tower is frozen: each test photo passes it once in the whole run
     seen = TowerTokens(config.tower_memory_mb)
     with remembered(student, seen, config):
         before = measure(student, task, config)
     # 5. Hard candidates, and the teacher's scores of them
-    sets = mine(config, student, task.train)
+    sets = mine(config, student, items)
     with this_process().main_process_first():  # the others find the teacher's answers in its file
         alignment = None if config.preference == "none" else score(config, teacher, sets, out)
         witness = ImageTextWitness.watch(
@@ -349,45 +373,88 @@ def make_student(config: MapleConfig) -> SentenceTransformer:
     return student
 
 
-def mine(config: MapleConfig, student: SentenceTransformer, rows: datasets.Dataset) -> CandidateSets:
-    """Items to train on: near duplicates dropped where asked for, K hard negatives each (MAPLE, section 3.1)."""
-    photos = list(dict.fromkeys(rows["image"]))
-    needed = config.negatives or config.dedup_clusters is not None
-    features = photo_features(config, student, photos) if needed else np.zeros((len(photos), 0), np.float32)
-    place = {photo: i for i, photo in enumerate(photos)}
-    kept = set(range(len(photos)))
-    if config.dedup_clusters is not None:
-        kept = set(
-            semdedup(features, clusters=config.dedup_clusters, epsilon=config.dedup_epsilon, seed=config.seed).tolist()
-        )
-        logger.warning(
-            "%d of %d photos are near duplicates of others and are left out", len(photos) - len(kept), len(photos)
-        )
-    texts: dict[int, list[str]] = {i: [] for i in sorted(kept)}
-    titles: dict[int, list[str]] = {i: [] for i in texts}
-    labels: dict[int, str | None] = {}
+def open_items(config: MapleConfig, rows: datasets.Dataset) -> TrainItems:
+    """The photos to train on with their texts: titles, or comparative captions.
+
+    Raises:
+        FieldmarkError: the file of captions cannot be read, or there are too few photos for a batch, for SemDeDup's
+            clusters or for candidate sets; near duplicates, which are not known yet, count here.
+    """
     captions = read_captions(Path(config.captions)) if config.captions else None
-    for image, title, label in zip(rows["image"], rows["title"], rows["label"], strict=True):
-        item = place[image]
-        if item in kept:
-            texts[item] += [title] if captions is None else captions.get(photo_hash(image), [])
-            titles[item] += [title] if title else []
-            labels[item] = label
-    items = [item for item, own in texts.items() if own]
-    if len(items) < len(texts):
-        logger.warning("%d of %d photos have no caption and are left out", len(texts) - len(items), len(texts))
-    if len(items) < config.anchors_per_batch:
+    of: dict[Any, tuple[list[str], list[str]]] = {photo: ([], []) for photo in rows["image"]}
+    for photo, title in zip(rows["image"], rows["title"], strict=True):
+        texts, titles = of[photo]
+        titles += [title] if title else []
+        if captions is None:
+            texts.append(title)
+    if captions is not None:
+        for photo, (texts, _) in of.items():
+            texts += captions.get(photo_hash(photo), [])
+    labels = dict(zip(rows["image"], rows["label"], strict=True))
+    items = TrainItems(
+        list(of), [list(dict.fromkeys(own)) for own, _ in of.values()], [own for _, own in of.values()],
+        list(labels.values()),
+    )  # fmt: skip
+    told = [item for item, own in enumerate(items.texts) if own]
+    if len(told) < len(items.photos):
+        missing = len(items.photos) - len(told)
+        logger.warning("%d of %d photos have no caption and are left out", missing, len(items.photos))
+        items = items.select(told)
+    check_anchors(config, items)
+    if (config.dedup_clusters or 0) > len(items.photos):
         raise FieldmarkError(
-            f"{len(items)} photos with a text are left to train on; anchors_per_batch is {config.anchors_per_batch}, "
-            "lower it or add photos."
+            f"dedup_clusters is {config.dedup_clusters} for {len(items.photos)} photos; give fewer clusters."
         )
-    own = [list(dict.fromkeys(texts[item])) for item in items]
-    names, titled = [labels[item] for item in items], shared_titles([titles[item] for item in items])
-    negatives = np.zeros((len(items), 0), dtype=np.int64)
+    short = few_others(items.labels, shared_titles(items.titles), config.negatives)
+    check_others(short, len(items.photos), config.negatives)
+    return items
+
+
+def check_anchors(config: MapleConfig, items: TrainItems) -> None:
+    """Refuses fewer items than anchors of a batch, and a batch that the processes cannot share."""
+    if len(items.photos) < config.anchors_per_batch:
+        raise FieldmarkError(
+            f"{len(items.photos)} photos with a text are left to train on; anchors_per_batch is "
+            f"{config.anchors_per_batch}, lower it or add photos."
+        )
+    make_batches(config, len(items.photos))
+
+
+def check_texts(
+    config: MapleConfig, teacher: Teacher, student: SentenceTransformer, task: ImageTextTask, items: TrainItems
+) -> None:
+    """Refuses what embedding and scoring would, before the run has a folder and anything is measured.
+
+    Raises:
+        FieldmarkError: a text is too long for the student or the teacher, the teacher has no token for Yes or No, or
+            the file of alignment scores is of another teacher or holds a score that is no number.
+    """
+    captions = [text for group in task.groups for text in group.captions]
+    trained = [text for own in items.texts for text in own]
+    read = sorted(dict.fromkeys([*task.test["title"], *captions, *trained]), key=len)
+    for start in range(0, len(read), config.eval_batch_size):
+        tokenize_items(student, texts=read[start : start + config.eval_batch_size])
+    asked = captions + (trained if config.preference != "none" else [])
+    if asked:
+        path = alignment_path(config, Path(config.out))
+        check_alignment(path, teacher, items.photos[0], asked, resolution=config.resolution)
+
+
+def mine(config: MapleConfig, student: SentenceTransformer, items: TrainItems) -> CandidateSets:
+    """Items to train on: near duplicates dropped where asked for, K hard negatives each (MAPLE, section 3.1)."""
+    needed = config.negatives or config.dedup_clusters is not None
+    count = len(items.photos)
+    features = photo_features(config, student, items.photos) if needed else np.zeros((count, 0), np.float32)
+    if config.dedup_clusters is not None:
+        kept = semdedup(features, clusters=config.dedup_clusters, epsilon=config.dedup_epsilon, seed=config.seed)
+        logger.warning("%d of %d photos are near duplicates of others and are left out", count - len(kept), count)
+        items, features = items.select(kept.tolist()), features[kept]
+        check_anchors(config, items)
+    titles = shared_titles(items.titles)
+    negatives = np.zeros((len(items.photos), 0), dtype=np.int64)
     if config.negatives:
-        negatives = hard_negatives(features[items], config.negatives, labels=names, titles=titled)
-    keys = match_keys(names, titled)
-    return CandidateSets([photos[item] for item in items], own, negatives, keys)
+        negatives = hard_negatives(features, config.negatives, labels=items.labels, titles=titles)
+    return CandidateSets(items.photos, items.texts, negatives, match_keys(items.labels, titles))
 
 
 def photo_features(config: MapleConfig, student: SentenceTransformer, photos: list[Any]) -> np.ndarray:

@@ -6,6 +6,10 @@ to "Does the image align with the text ...? Answer Yes or No" (section 2; the im
 Why sharing is exact. The prompts of one photo's texts agree up to the text, so their states agree up to there
 (see `teacher.prefix`): the photo's part is computed once, and each text behind it attends to it and to itself. The
 prompts are split between two tokens of the whole prompt's own tokenisation, never inside one.
+
+Which tokens Yes and No are depends on how the chat goes on (see `answer_words`): behind the line break of most
+templates they stand as they are, behind the colon of LLaVA-1.5's `ASSISTANT:` with a space before them, which makes
+other tokens. The ids are logged, and `Aligner.answers` holds them.
 """
 
 from __future__ import annotations
@@ -57,6 +61,9 @@ class Aligner:
         teacher: the frozen teacher (or one in training).
         tokens_per_image: N, visual tokens of a photo.
 
+    Attributes:
+        answers: Yes and No as the chat goes on with them (`answer_words`), and the id of each.
+
     Raises:
         FieldmarkError: the tokenizer has no single token for Yes or No where the answer begins.
     """
@@ -65,8 +72,14 @@ class Aligner:
         self.teacher = teacher
         self.whole = teacher.prompt(QUESTION.format(text="photo"), 1, tokens_per_image)
         self.photo_end = int(self.whole.image_slots.max()) + 1
-        self.answer_ids = _answer_ids(teacher)
+        self.answers = _answers(teacher)
         self._check_tail()
+
+    @property
+    def answer_ids(self) -> tuple[int, int]:
+        """Ids of Yes and No."""
+        yes, no = self.answers.values()
+        return yes, no
 
     def logits(self, visual: VisualTokens, texts: Sequence[Sequence[str]]) -> Tensor:
         """[B, K] float32, Yes minus No: the score is its sigmoid. Arguments and errors are those of `answer_logits`."""
@@ -169,18 +182,42 @@ class Aligner:
         )
 
 
-def _chat(teacher: Teacher, text: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION.format(text=text)}]
+def chat(teacher: Teacher, question: str, images: int) -> str:
+    """The prompt as text: one turn of a user, `images` photos and then the question, up to where the answer begins.
+
+    Raises:
+        FieldmarkError: the processor has no chat template.
+    """
+    if not teacher.processor.chat_template:
+        raise FieldmarkError(
+            f"the processor of this {teacher.model_type} teacher has no chat template; use an instruct checkpoint"
+        )
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     return teacher.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
 
 
+def answer_words(teacher: Teacher) -> tuple[str, str]:
+    """Yes and No as this teacher's chats go on with them.
+
+    As they are behind a blank, a line break or a special token (`<|im_start|>assistant` and a line break, Qwen-VL);
+    with a space before them behind anything else (`ASSISTANT:`, LLaVA-1.5), where the next word begins with one.
+
+    Raises:
+        FieldmarkError: the processor has no chat template.
+    """
+    question = _behind_the_photo(teacher, "photo")
+    if question[-1].isspace() or _ids(teacher, question)[-1] in teacher.tokenizer.all_special_ids:
+        return ANSWERS
+    return f" {ANSWERS[0]}", f" {ANSWERS[1]}"
+
+
 def _behind_the_photo(teacher: Teacher, text: str) -> str:
     """The chat as text, from behind the photo's placeholder on; what the text itself says cannot move the split."""
-    chat = _chat(teacher, text)
+    whole = chat(teacher, QUESTION.format(text=text), 1)
     placeholder = teacher.tokenizer.convert_ids_to_tokens(teacher.image_token_id)
-    return chat[chat.index(placeholder) + len(placeholder) :]
+    return whole[whole.index(placeholder) + len(placeholder) :]
 
 
 def _common_length(rows: list[list[int]]) -> int:
@@ -193,17 +230,17 @@ def _ids(teacher: Teacher, text: str) -> list[int]:
     return teacher.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _answer_ids(teacher: Teacher) -> tuple[int, int]:
-    """Ids of the first answer token, as the chat continues with it."""
+def _answers(teacher: Teacher) -> dict[str, int]:
+    """The answers' first token, as the chat goes on with it: word -> id."""
     question = _behind_the_photo(teacher, "photo")
-    before, found = _ids(teacher, question), []
-    for answer in ANSWERS:
-        ids = _ids(teacher, question + answer)
+    before, found = _ids(teacher, question), {}
+    for word in answer_words(teacher):
+        ids = _ids(teacher, question + word)
         if ids[: len(before)] != before or len(ids) != len(before) + 1:
             raise FieldmarkError(
-                f"the tokenizer of this {teacher.model_type} teacher has no single token for {answer!r} where the "
+                f"the tokenizer of this {teacher.model_type} teacher has no single token for {word!r} where the "
                 "answer begins; alignment scores need one for Yes and for No"
             )
-        found.append(ids[-1])
-    logger.info("alignment answers: Yes is token %d, No is token %d", *found)
-    return found[0], found[1]
+        found[word] = ids[-1]
+    logger.info("alignment answers: %s", ", ".join(f"{word!r} is token {number}" for word, number in found.items()))
+    return found

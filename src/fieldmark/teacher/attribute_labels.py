@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import pyarrow as pa
 
 from fieldmark.data.photos import PhotoRef
 from fieldmark.errors import FieldmarkError
-from fieldmark.teacher.attributes import AttributeSchema, parse_attributes
+from fieldmark.teacher.attributes import AttributeSchema, ParsedAnswer, parse_attributes
 from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, read_answers, teacher_fingerprint
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.questions import Answer, ask_about_photos
 
 logger = logging.getLogger(__name__)
 
+CATALOGUE = "catalogue"  # instead of a file: the attributes that the items have of themselves
 PATIENCE = 64  # answers, none of them valid, after which nothing better is to be expected
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("photo", "title", "answer", "think", "attributes")]
@@ -38,11 +40,20 @@ class AttributeLabels:
         of: for each item its attributes, None where the answer was not valid.
         answers: different items asked about.
         invalid: number of answers by the reason why they are not valid; each is in the cache with its text.
+        asked: items that the cache did not know.
+        seconds: what their answers took, the photos' reading included.
     """
 
     of: list[Attributes | None]
     answers: int
     invalid: Counter[str]
+    asked: int = field(compare=False)
+    seconds: float = field(compare=False)
+
+    @property
+    def seconds_per_item(self) -> float | None:
+        """What an answer costs; None where all were known."""
+        return self.seconds / self.asked if self.asked else None
 
 
 def attribute_cache(
@@ -105,7 +116,7 @@ def label_attributes(
     waiting = [i for key, i in first.items() if key not in cache]
     done, valid = len(known), sum(cache[key]["valid"] for key in known)
     progress(done)
-    settings = cache.made_by
+    settings, started = cache.made_by, time.monotonic()
     asked = ask_about_photos(
         teacher,
         [photos[i] for i in waiting],
@@ -125,10 +136,41 @@ def label_attributes(
         progress(done)
         if done >= PATIENCE and not valid:
             break
+    seconds = time.monotonic() - started
     if not valid:
         raise _never_valid([cache[key] for key in first if key in cache])
     invalid = Counter(cache[key]["reason"] for key in first if not cache[key]["valid"])
-    return AttributeLabels([_attributes(cache[key]) for key in keys], done, invalid)
+    of = [_attributes(cache[key]) for key in keys]
+    return AttributeLabels(of, done, invalid, asked=len(waiting), seconds=seconds)
+
+
+def ask_about_item(
+    teacher: Teacher,
+    photo: PhotoRef,
+    title: str | None,
+    schema: AttributeSchema,
+    *,
+    max_new_tokens: int,
+    resolution: int | None = None,
+) -> ParsedAnswer:
+    """The most likely answer about one item, which is kept nowhere.
+
+    Args:
+        teacher: the generator.
+        photo: the item's photo.
+        title: its title, None where it has none.
+        schema: the question.
+        max_new_tokens: the answer ends there at the latest.
+        resolution: side in pixels the photo is resized to, None for the teacher's usual one.
+
+    Raises:
+        FieldmarkError: the photo cannot be read, or the question cannot be asked.
+    """
+    asked = ask_about_photos(
+        teacher, [photo], [schema.ask(title)], max_new_tokens=max_new_tokens, resolution=resolution
+    )
+    (((_, answer),),) = asked
+    return parse_attributes(answer.text, finished=answer.finished, schema=schema)
 
 
 def read_attributes(path: Path) -> dict[tuple[str, str | None], Attributes]:
@@ -169,6 +211,26 @@ def attributes_of(rows: datasets.Dataset, path: Path) -> list[Attributes | None]
     return found
 
 
+def known_attributes(rows: datasets.Dataset, source: str) -> list[Attributes | None]:
+    """Attributes of each row from a file of `fieldmark label attributes`, or its own where the source is `catalogue`.
+
+    Raises:
+        FieldmarkError: as `attributes_of`, or none of the rows has attributes of its own.
+    """
+    if source != CATALOGUE:
+        return attributes_of(rows, Path(source))
+    own = [
+        {name: value for name, value in (found or {}).items() if value is not None} or None
+        for found in rows["attributes"]
+    ]
+    if not any(own):
+        raise FieldmarkError(
+            f"none of the {len(rows)} items has attributes of its own; add a column (--attribute_columns), or give "
+            "--attributes F.parquet of `fieldmark label attributes`"
+        )
+    return own
+
+
 def items_of(rows: datasets.Dataset) -> list[tuple[str, str | None]]:
     """What each row of a catalogue is known by here: `photo_hash` and title."""
     return [(photo_hash(photo), title or None) for photo, title in zip(rows["image"], rows["title"], strict=True)]
@@ -203,6 +265,6 @@ def _never_valid(rows: Sequence[dict[str, Any]]) -> FieldmarkError:
     example = rows[0]["answer"]
     return FieldmarkError(
         f"none of the first {len(rows)} answers holds attributes ({count} of them: {reason}; the first: "
-        f"{example[:60]!r}); train the generator first (`fieldmark train generator`), give a larger --teacher, or "
+        f"{example[:60]!r}); train the generator first (`fieldmark train generator`), give a larger one, or "
         "raise --max_new_tokens where answers are cut off"
     )

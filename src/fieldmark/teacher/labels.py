@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from fieldmark.data.photos import PhotoRef, open_photo
 from fieldmark.errors import FieldmarkError
-from fieldmark.teacher.align import QUESTION, Aligner
+from fieldmark.teacher.align import ANSWERS, QUESTION, Aligner, answer_words
 from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, teacher_fingerprint
 from fieldmark.teacher.model import Teacher
 
@@ -25,13 +25,16 @@ def alignment_cache(path: Path, teacher: Teacher, resolution: int | None = None)
     Raises:
         FieldmarkError: the file is of another teacher, prompt or resolution, or holds a score that is no number.
     """
-    made_by = {
+    made_by: dict[str, Any] = {
         "answers": "alignment",
         "teacher": teacher_fingerprint(teacher),
         "precision": str(teacher.dtype).removeprefix("torch."),
         "question": QUESTION,
         "resolution": resolution,
     }
+    words = answer_words(teacher)
+    if words != ANSWERS:  # named where they are others, so that all other files stay good
+        made_by["answer_words"] = list(words)
     cache = AnswerCache(path, SCHEMA, made_by)
     for row in cache.rows.values():
         if row["score"] is None or not 0 <= row["score"] <= 1:
@@ -73,6 +76,22 @@ def tower_features(
         rows.append(teacher.visual_tokens(chunk, resolution).tokens.float().mean(1).cpu().numpy())
         progress(start + len(chunk))
     return np.concatenate(rows)
+
+
+def check_alignment(
+    path: Path, teacher: Teacher, photo: PhotoRef, texts: Iterable[str], *, resolution: int | None = None
+) -> None:
+    """Refuses, before hours of work, a file that cannot be gone on with and texts that cannot be asked about.
+
+    Texts that the file knows have been asked about; a photo is looked at where there are others.
+
+    Raises:
+        FieldmarkError: see `alignment_cache` and `check_texts`.
+    """
+    known = {row["text"] for row in alignment_cache(path, teacher, resolution).rows.values()}
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    if new:
+        check_texts(teacher, photo, new, resolution=resolution)
 
 
 def check_texts(teacher: Teacher, photo: PhotoRef, texts: Iterable[str], *, resolution: int | None = None) -> None:
