@@ -149,22 +149,6 @@ def test_a_killed_build_goes_on_and_becomes_a_teacher(capsys, monkeypatch, birds
     assert "(those of its train rows it has seen while it was made)" in readme
 
 
-def test_a_teacher_that_writes_captions(monkeypatch, birds, tmp_path):
-    """Its tokenizer has the words of captions, its card says how it does; untrained, it answers nothing readable."""
-    monkeypatch.setattr(build, "examine_captions", functools.partial(build.examine_captions, max_new_tokens=8))
-    assert cli.main(build_arguments(birds, tmp_path / "teacher", "--skills", "[caption]")) == 0
-    card = json.loads((tmp_path / "teacher" / "card.json").read_text(encoding="utf-8"))
-    assert card["skills"] == ["caption"]
-    exam = card["test_captions"]
-    assert (exam["pairs"], exam["answers"], exam["valid_json"], exam["values_right"]) == (2, 3, 0, 0)
-    assert 0 < exam["differing"] <= 1
-    readme = (tmp_path / "teacher" / "README.md").read_text(encoding="utf-8")
-    assert "It answers questions about what tells two photos apart" in readme
-    assert "| values differing | 0.0 |" in readme
-    tokenizer = Teacher.load(tmp_path / "teacher").tokenizer
-    assert len(tokenizer("Image 1").input_ids) < len(tokenizer("Unage 1").input_ids)
-
-
 class ExamMade:
     """An examination's numbers."""
 

@@ -24,6 +24,8 @@ class CaptionOptions(LabelOptions):
     """Arguments of `label captions`.
 
     Attributes:
+        domain: name or YAML file of a comparison prompt (birds, cars, aircraft, groceries, aviary), whose answers'
+            differing attributes become captions; null asks for captions, as the paper does.
         generations: answers to each pair of photos.
         temperature: of sampling; 0 takes the most likely answer.
         max_new_tokens: an answer ends there at the latest.
@@ -31,6 +33,7 @@ class CaptionOptions(LabelOptions):
         batch_size: pairs asked about at once.
     """
 
+    domain: str | None = None
     generations: int = 3
     temperature: float = 0.7
     max_new_tokens: int = 256
@@ -55,14 +58,21 @@ def run(argv: list[str]) -> None:
     out = check_out(options.out)
     quiet_libraries()
     from fieldmark.progress import JobProgress
-    from fieldmark.teacher.describe import candidate_pairs, caption_cache, label_captions
+    from fieldmark.teacher.compare import load_domain
+    from fieldmark.teacher.describe import (
+        PAPER_FORM,
+        candidate_pairs,
+        caption_cache,
+        comparison_form,
+        label_captions,
+    )
 
+    form = PAPER_FORM if options.domain is None else comparison_form(load_domain(options.domain))
     items = read_items(options, out)
     check_negatives(items, options.negatives)
     teacher = load_teacher(options)
-    with caption_cache(
-        out, teacher, temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=options.seed
-    ) as cache:
+    sampling = {name: getattr(options, name) for name in ("temperature", "max_new_tokens", "seed")}
+    with caption_cache(out, teacher, form=form, **sampling) as cache:
         negatives = find_negatives(options, teacher, items, out, batch_size=16, resolution=None)
         pairs = [pair for anchor, others in enumerate(negatives.tolist()) for pair in candidate_pairs(anchor, others)]
         pairs = list(dict.fromkeys(pairs))
@@ -75,6 +85,7 @@ def run(argv: list[str]) -> None:
                 cache,
                 generations=options.generations,
                 batch_size=options.batch_size,
+                form=form,
                 progress=job.update,
             )
     asked, seconds = len(cache.rows) - before, time.monotonic() - started
@@ -85,6 +96,6 @@ def run(argv: list[str]) -> None:
     )
     say(f"{len(items.photos)} photos, {len(pairs)} pairs, {captions.answers} answers, {now}: {out}")
     if captions.failed:
-        say(f"{captions.failed} answers were no JSON of two captions; they stand in the file without captions")
+        say(f"{captions.failed} answers hold no two captions; they stand in the file without captions")
     without = sum(not own for own in captions.of)
     say(f"{sum(map(len, captions.of))} captions; {without} photos have none")

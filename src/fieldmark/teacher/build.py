@@ -7,8 +7,7 @@
    and a small language model (`composed`).
 4. The tower learns to read attributes; a pre-trained one stays as it is and its projector is fitted (`reading`).
 5. The language model learns its skills: to say them and to give a verdict about two photos (`speaking`), and, where
-   the catalogue has titles, to say whether a text fits a photo (`judging`); where asked to, to write captions of what
-   tells two photos apart (`captioning`).
+   the catalogue has titles, to say whether a text fits a photo (`judging`).
 6. An examination on the student's classes (`examine`), a card, safetensors (bf16; float32 with a pre-trained tower,
    whose batch statistics bf16 would round).
 
@@ -37,22 +36,13 @@ from fieldmark.progress import JobProgress
 from fieldmark.students.tower import VisionTower
 from fieldmark.teacher.align import ANSWERS, QUESTION
 from fieldmark.teacher.attributes import attribute_answer, load_schema
-from fieldmark.teacher.captioning import Captioning, LookalikeDrawer, ideal_captions
 from fieldmark.teacher.card import write_card
 from fieldmark.teacher.compare import Domain, answer_json, compare_prompt, domain_for_attributes
-from fieldmark.teacher.describe import CAPTION_PROMPT
-from fieldmark.teacher.examine import (
-    AlignmentExamination,
-    CaptionExamination,
-    Examination,
-    examine,
-    examine_alignment,
-    examine_captions,
-)
+from fieldmark.teacher.examine import AlignmentExamination, Examination, examine, examine_alignment
 from fieldmark.teacher.judging import JudgedTexts, Judging
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.reading import AttributeTable, fit_projector, train_tower
-from fieldmark.teacher.speaking import Comparing, PhotoBank, Skill, train_language
+from fieldmark.teacher.speaking import Comparing, PhotoBank, train_language
 from fieldmark.teacher.tiny import make_model, make_processor, make_tokenizer
 
 
@@ -62,9 +52,8 @@ class BuildConfig(CatalogOptions):
 
     Attributes:
         out: folder of the teacher.
-        skills: what it learns: compare (SAGA; needs labels and attributes), align (MAPLE; needs titles), caption
-            (comparative captions for MAPLE; needs attributes); null is compare and align, as far as the catalogue has
-            the columns for them.
+        skills: what it learns: compare (SAGA; needs labels and attributes), align (MAPLE; needs titles); null is all
+            that the catalogue has the columns for.
         start: folder of a teacher that `build-teacher` made of this catalogue; its language model learns on, its tower
             and tokenizer stay.
         tower: folder or hub id of a pre-trained timm network; null makes a Qwen3-VL tower from nothing.
@@ -88,7 +77,7 @@ class BuildConfig(CatalogOptions):
     """
 
     out: str
-    skills: list[Literal["compare", "align", "caption"]] | None = None
+    skills: list[Literal["compare", "align"]] | None = None
     start: str | None = None
     tower: str | None = None
     tower_steps: int = 400
@@ -306,16 +295,13 @@ def _teach_tower(
 def _teach_language(
     config: BuildConfig, skills: Sequence[str], teacher: Teacher, domain: Domain, bank: PhotoBank
 ) -> None:
-    lessons: list[Skill] = []
+    lessons: list[Comparing | Judging] = []
     if "compare" in skills:
         sizes = {"batch_size": config.language_batch, "drills": config.language_drills}
         lessons.append(Comparing(teacher, domain, bank, seed=config.seed, **sizes))
     if "align" in skills:
         sizes = {"batch_size": config.judged_photos, "texts": config.judged_texts}
         lessons.append(Judging(teacher, bank, seed=config.seed, **sizes))
-    if "caption" in skills:
-        sizes = {"batch_size": config.language_batch, "drills": config.language_drills}
-        lessons.append(Captioning(teacher, domain, bank, seed=config.seed, **sizes))
     with _progress("language", config.language_steps) as progress:
         train_language(
             teacher,
@@ -335,10 +321,10 @@ def _examine_unseen(
     domain: Domain,
     unseen: dict[str, datasets.Dataset],
     learned: PhotoBank,
-) -> dict[str, Examination | AlignmentExamination | CaptionExamination]:
+) -> dict[str, Examination | AlignmentExamination]:
     """On the student's classes: verdicts on the test part with look-alikes and on training pairs as SAGA draws them,
-    titles and captions of the test part."""
-    results: dict[str, Examination | AlignmentExamination | CaptionExamination] = {}
+    titles of the test part."""
+    results: dict[str, Examination | AlignmentExamination] = {}
     for split, lookalikes in (("test", 1.0), ("train", 0.0)):
         rows = unseen[split]
         if "compare" not in skills and split == "train":
@@ -353,8 +339,6 @@ def _examine_unseen(
             results["titles"] = examine_alignment(
                 teacher, bank, values=values, photos=2 * config.exam_pairs, seed=config.seed
             )
-        if "caption" in skills and split == "test":
-            results["captions"] = examine_captions(teacher, bank, pairs=config.exam_pairs, seed=config.seed)
     return results
 
 
@@ -384,14 +368,6 @@ def _texts(
             own = attributes[names[item]]
             yield schema.ask(titles[item])
             yield attribute_answer(list(own), own)
-    if "caption" in skills:
-        rows = list(attributes.values())
-        drawer = LookalikeDrawer(np.arange(len(rows)), rows, rng)
-        for _ in range(3000):
-            first, second = (rows[item] for item in drawer.draw())
-            yield ideal_captions(domain, first, second, drawer.names(first, second))
-        for _ in range(20):
-            yield CAPTION_PROMPT
 
 
 def _spread(labels: np.ndarray, most: int, rng: np.random.Generator) -> list[int]:

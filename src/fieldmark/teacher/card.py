@@ -31,18 +31,13 @@ def write_card(
         skills: what it learned.
         domain: wording of its comparison.
         teacher: the teacher.
-        results: examinations: `test` and `train` of the verdicts, `titles` of the alignment scores, `captions`.
+        results: examinations: `test` and `train` of the verdicts, `titles` of the alignment scores.
         minutes: time the build took.
         known: the student's splits whose classes the teacher has seen.
     """
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume")}
     parameters = sum(p.numel() for p in teacher.model.parameters())
-    names = {
-        "test": "unseen_test_classes",
-        "train": "student_training_pairs",
-        "titles": "test_titles",
-        "captions": "test_captions",
-    }
+    names = {"test": "unseen_test_classes", "train": "student_training_pairs", "titles": "test_titles"}
     card = {
         "settings": settings,
         "skills": list(skills),
@@ -66,7 +61,7 @@ def write_card(
 
 {parameters / 1e6:.1f} M parameters, {teacher.model_type}, made from the teacher part of
 `{Path(config.data.split(":")[0]).name}` ({classes}); tower:
-{tower}, language: {config.language_steps} steps. It answers questions {_questions(skills, domain)},
+{tower}, language: {config.language_steps} steps. It answers {_questions(skills, domain)},
 and knows nothing else.
 """
     ]
@@ -94,25 +89,13 @@ exchanged, and against the title of an item with other attributes.
 {rows}
 """
         )
-    if "captions" in results:
-        rows = "\n".join(f"| {_words(name)} | {value} |" for name, value in results["captions"].as_dict().items())
-        parts.append(
-            f"""Captions of pairs of the test part, random ones to look-alikes, at temperature 0.7: whether what they
-name is right, and whether it tells the two apart (*differing*: the share of all attributes that does).
-
-| | |
-| --- | --- |
-{rows}
-"""
-        )
     (out / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def _questions(skills: Sequence[str], domain: Domain) -> str:
     asked = {
-        "compare": f"about two photos, in the wording of the domain `{domain.name}`",
-        "align": "about a photo and a text (does it fit?)",
-        "caption": "about what tells two photos apart (captions that say it)",
+        "compare": f"one question about two photos, in the wording of the domain `{domain.name}`",
+        "align": "one about a photo and a text (does it fit?)",
     }
     return " and ".join(asked[skill] for skill in skills)
 

@@ -3,6 +3,10 @@
 Paper: MAPLE, arXiv 2506.06970, section 3.1 and figure 4: two brief captions that stress the visual differences of two
 images, as JSON {"Image 1": ..., "Image 2": ...}; temperature 0.7, three generations a pair, pairs among an anchor and
 its hard negatives. The wording of the prompt is ours.
+
+A teacher that compares attribute by attribute (SAGA's question, `compare`) but writes no captions can serve too: two of
+the attributes in which its answer says that the photos differ become the captions (`comparison_form`). The paper has
+no such form.
 """
 
 from __future__ import annotations
@@ -12,14 +16,17 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from fieldmark.data.photos import PhotoRef, open_photo
 from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.cache import AnswerCache, answer_key, photo_hash, read_answers, teacher_fingerprint
+from fieldmark.teacher.compare import Domain, compare_prompt, parse_verdict
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.prefix import rollout
 
@@ -32,10 +39,25 @@ CAPTION_PROMPT = (
 )
 CAPTION_KEYS = ("Image 1", "Image 2")
 MAX_CAPTION_CHARACTERS = 400
+MOST_NAMED = 2  # attributes in a caption that is made of a comparison
+_KINDS = {"colour", "color", "shape"}  # a "red crown" is a red crown colour
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("photo_1", "photo_2", "caption_1", "caption_2", "answer")]
     + [("generation", pa.int32())]
 )
+
+
+@dataclass(frozen=True)
+class Form:
+    """How captions are asked for.
+
+    Attributes:
+        prompt: the question behind the two photos.
+        read: the captions of an answer and its key in the cache; None where it has none.
+    """
+
+    prompt: str
+    read: Callable[[str, str], tuple[str, str] | None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +67,7 @@ class Captions:
     Attributes:
         of: for each photo its captions, in the order of pairs and generations, each once.
         answers: answers in all.
-        failed: answers that were no JSON of two captions; each is in the cache with its text.
+        failed: answers without two captions; each is in the cache with its text.
     """
 
     of: list[list[str]]
@@ -69,18 +91,66 @@ def parse_captions(answer: str) -> tuple[str, str] | None:
     return cleaned[0], cleaned[1]
 
 
+PAPER_FORM = Form(CAPTION_PROMPT, lambda answer, key: parse_captions(answer))
+
+
+def comparison_form(domain: Domain) -> Form:
+    """Captions of answers to SAGA's question in the words of `domain`.
+
+    Raises:
+        FieldmarkError: the domain names no attributes to be compared.
+    """
+    if not domain.attributes:
+        raise FieldmarkError(
+            f"the domain {domain.name!r} names no attributes; captions need some in which photos differ"
+        )
+    return Form(compare_prompt(domain), partial(compared_captions, domain))
+
+
+def compared_captions(domain: Domain, answer: str, key: str) -> tuple[str, str] | None:
+    """One or two of the attributes that an answer gives both photos and that differ, in words: `red crown`.
+
+    Which ones, if there are more, depends on `key` alone. None where the answer is not valid or sees no difference.
+    """
+    fields = parse_verdict(answer, domain).fields or {}
+    one, other = (_stated(fields.get(item)) for item in domain.item_keys)
+    differing = [name for name in domain.attributes if one.get(name) and other.get(name) and one[name] != other[name]]
+    if not differing:
+        return None
+    rng = np.random.default_rng(int(key[:12], 16))
+    chosen = sorted(rng.permutation(len(differing))[: int(rng.integers(1, MOST_NAMED + 1))].tolist())
+    first, second = (", ".join(_phrase(differing[i], each[differing[i]]) for i in chosen) for each in (one, other))
+    return (first, second) if max(len(first), len(second)) <= MAX_CAPTION_CHARACTERS else None
+
+
+def _stated(description: object) -> dict[str, str]:
+    """The attributes of one photo that an answer puts into words."""
+    items = description.items() if isinstance(description, dict) else ()
+    return {name: value.strip() for name, value in items if isinstance(value, str)}
+
+
+def _phrase(name: str, value: str) -> str:
+    """An attribute in words: `red crown` of crown_colour, `no wing bars` of wing_bars that are none."""
+    words = name.replace("_", " ").split()
+    if len(words) > 1 and words[-1].lower() in _KINDS:
+        words = words[:-1]
+    return " ".join(["no" if value.lower() in ("none", "no") else value, *words])
+
+
 def candidate_pairs(anchor: int, negatives: Sequence[int]) -> list[tuple[int, int]]:
     """All pairs among an anchor and its hard negatives: six for three negatives (MAPLE, section 3.1)."""
     return list(itertools.combinations((anchor, *negatives), 2))
 
 
-def caption_cache(path: Path, teacher: Teacher, *, temperature: float, max_new_tokens: int, seed: int) -> AnswerCache:
+def caption_cache(
+    path: Path, teacher: Teacher, *, temperature: float, max_new_tokens: int, seed: int, form: Form = PAPER_FORM
+) -> AnswerCache:
     """The cache of a teacher's comparative captions; see :class:`AnswerCache` for what is refused."""
     made_by = {
         "answers": "captions",
         "teacher": teacher_fingerprint(teacher),
         "precision": str(teacher.dtype).removeprefix("torch."),
-        "prompt": CAPTION_PROMPT,
+        "prompt": form.prompt,
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -112,6 +182,7 @@ def label_captions(
     *,
     generations: int = 3,
     batch_size: int = 4,
+    form: Form = PAPER_FORM,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Captions:
     """Captions of photos by the pairs they stand in; what the cache knows is not asked again.
@@ -123,6 +194,7 @@ def label_captions(
         cache: of `caption_cache`, opened by the caller's `with`; its settings are used.
         generations: answers a pair.
         batch_size: pairs asked about at once.
+        form: how captions are asked for; that of the cache.
         progress: called with the number of pairs done.
 
     Raises:
@@ -142,7 +214,7 @@ def label_captions(
         visual = teacher.visual_tokens([open_photo(photos[i]) for pair in chunk for i in pair])
         rolled = rollout(
             teacher,
-            teacher.prompt(CAPTION_PROMPT, 2, visual.tokens.shape[1]),
+            teacher.prompt(form.prompt, 2, visual.tokens.shape[1]),
             visual,
             group_size=generations,
             temperature=settings["temperature"],
@@ -152,16 +224,18 @@ def label_captions(
             generator=[torch.Generator().manual_seed(int(keys[pair][0][:12], 16) + settings["seed"]) for pair in chunk],
         )
         for pair, answers in zip(chunk, rolled.texts, strict=True):
-            cache.add(row for row in _rows(hashes, pair, keys[pair], answers) if row["key"] not in cache)
+            cache.add(row for row in _rows(hashes, pair, keys[pair], answers, form) if row["key"] not in cache)
         done += len(chunk)
         progress(done)
     return _gather(len(photos), distinct, keys, cache)
 
 
-def _rows(hashes: Sequence[str], pair: tuple[int, int], keys: Sequence[str], answers: Sequence[str]) -> list[dict]:
+def _rows(
+    hashes: Sequence[str], pair: tuple[int, int], keys: Sequence[str], answers: Sequence[str], form: Form
+) -> list[dict]:
     rows = []
     for generation, (key, answer) in enumerate(zip(keys, answers, strict=True)):
-        first, second = parse_captions(answer) or (None, None)
+        first, second = form.read(answer, key) or (None, None)
         photos = {"photo_1": hashes[pair[0]], "photo_2": hashes[pair[1]]}
         captions = {"caption_1": first, "caption_2": second}
         rows.append({"key": key, **photos, **captions, "answer": answer, "generation": generation})
@@ -185,11 +259,9 @@ def _gather(
     if failed == answers:
         example = cache[keys[pairs[0]][0]]["answer"]
         raise FieldmarkError(
-            f"none of the teacher's {answers} answers was JSON of two captions (the first: {example[:60]!r}); "
+            f"none of the teacher's {answers} answers holds two captions (the first: {example[:60]!r}); "
             "use the catalogue's titles, or another teacher"
         )
     if failed:
-        logger.warning(
-            "%d of %d answers were no JSON of two captions; they are listed in %s", failed, answers, cache.path
-        )
+        logger.warning("%d of %d answers hold no two captions; they are listed in %s", failed, answers, cache.path)
     return Captions([list(texts) for texts in of], answers, failed)

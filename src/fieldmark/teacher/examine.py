@@ -1,5 +1,5 @@
 """Examines a teacher: how often it answers in valid JSON, how often its verdict is right, how often it disagrees with
-itself; whether it tells right titles from wrong ones; and whether its captions say what differs.
+itself; and whether it tells right titles from wrong ones.
 
 Pairs are balanced: half of one class, half of different classes; the different ones are look-alikes (nearest classes by
 attributes) or, where a catalogue has no attributes, random. The share of mixed groups says whether SAGA could learn
@@ -16,9 +16,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from fieldmark.teacher.align import Aligner
-from fieldmark.teacher.captioning import LookalikeDrawer, differing, phrase
 from fieldmark.teacher.compare import Domain, compare_prompt, parse_verdict
-from fieldmark.teacher.describe import CAPTION_PROMPT, parse_captions
 from fieldmark.teacher.judging import JudgedTexts
 from fieldmark.teacher.model import Teacher
 from fieldmark.teacher.prefix import rollout
@@ -185,81 +183,6 @@ def examine_alignment(
         own_over_other=float((own > other_scores).mean()),
         auc=float(roc_auc_score(truth, np.concatenate([own, false]))),
         accuracy=float(((own > 0.5).mean() + (false < 0.5).mean()) / 2),
-    )
-
-
-@dataclass(frozen=True)
-class CaptionExamination:
-    """How a teacher captions look-alikes, fractions 0..1.
-
-    Attributes:
-        pairs: number of pairs.
-        answers: answers to each.
-        valid_json: share of answers that are JSON of two captions.
-        values_right: share of what the captions name that the photo's item has; 0 where no answer could be read.
-        values_differing: share that it has and the other item has not: what tells the two apart.
-        differing: share of all attributes in which the pairs differ, which a teacher that cannot compare would name.
-    """
-
-    pairs: int
-    answers: int
-    valid_json: float
-    values_right: float
-    values_differing: float
-    differing: float
-
-    def as_dict(self) -> dict[str, float]:
-        return {key: round(float(value), 4) for key, value in asdict(self).items()}
-
-
-def examine_captions(
-    teacher: Teacher,
-    bank: PhotoBank,
-    *,
-    pairs: int = 128,
-    generations: int = 3,
-    temperature: float = 0.7,
-    max_new_tokens: int = 256,
-    batch_pairs: int = 8,
-    seed: int = 0,
-) -> CaptionExamination:
-    """Asks for captions of pairs of the bank's photos, look-alikes and others."""
-    drawer = LookalikeDrawer(bank.classes, bank.attributes, np.random.default_rng(seed))
-    drawn = [drawer.draw() for _ in range(pairs)]
-    prompt = teacher.prompt(CAPTION_PROMPT, 2, bank.tokens.shape[2])
-    generator = torch.Generator().manual_seed(seed)
-    valid = 0
-    right: list[bool] = []
-    tells: list[bool] = []
-    chance: list[float] = []
-    for start in range(0, pairs, batch_pairs):
-        chunk = drawn[start : start + batch_pairs]
-        rolled = rollout(
-            teacher,
-            prompt,
-            bank.visual([photo for pair in chunk for photo in pair]),
-            group_size=generations,
-            temperature=temperature,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            generator=generator,
-        )
-        for pair, answers in zip(chunk, rolled.texts, strict=True):
-            rows = [bank.attributes[bank.classes[photo]] for photo in pair]
-            chance.append(len(differing(*rows)) / len(rows[0]))
-            said = [{phrase(name, value) for name, value in row.items() if value} for row in rows]
-            for captions in filter(None, map(parse_captions, answers)):
-                valid += 1
-                for text, own, other in zip(captions, said, reversed(said), strict=True):
-                    right += [one in own for one in text.split(", ")]
-                    tells += [one in own - other for one in text.split(", ")]
-    return CaptionExamination(
-        pairs=pairs,
-        answers=generations,
-        valid_json=valid / (pairs * generations),
-        values_right=sum(right) / max(len(right), 1),
-        values_differing=sum(tells) / max(len(tells), 1),
-        differing=float(np.mean(chance)),
     )
 
 

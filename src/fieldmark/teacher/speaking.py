@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +19,12 @@ from torch.nn import functional as F
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.teacher.compare import Domain, answer_json, compare_prompt
+from fieldmark.teacher.judging import Judging
 from fieldmark.teacher.model import Prompt, Teacher, VisualTokens
 from fieldmark.teacher.reading import warm_cosine
 
 LOOKALIKE_SHARE = 0.6  # of the pairs of different classes
 DENSE_DRILLS = 0.6
-
-
-class Skill(Protocol):
-    """Something that a language model learns."""
-
-    def loss(self) -> Tensor:
-        """Of one step, drawn anew each time."""
-
-    def parameters(self) -> Sequence[Tensor]:
-        """That are trained with the language model and thrown away."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +99,7 @@ def ideal_answer(domain: Domain, bank: PhotoBank, pair: tuple[int, int, bool]) -
 
 
 def drill(domain: Domain, bank: PhotoBank, rng: np.random.Generator) -> str:
-    """An ideal answer about two made-up items."""
-    first, second = made_up_items(bank, rng)
-    return answer_json(domain, first, second, first == second)
-
-
-def made_up_items(bank: PhotoBank, rng: np.random.Generator) -> tuple[dict[str, str], dict[str, str]]:
-    """Attributes of two items that are not there: to learn comparing from, without photos.
+    """An ideal answer about two made-up items: comparing, without photos.
 
     The words of an answer are learned from photos soon, the comparison of what was said is not: a teacher that
     described all of 64 differing marks rightly still called 48 of 64 look-alikes the same species. Photos of
@@ -135,7 +120,7 @@ def made_up_items(bank: PhotoBank, rng: np.random.Generator) -> tuple[dict[str, 
         others = [value for value in table[name] if value != first[name]]
         if others:
             second[name] = others[rng.integers(len(others))]
-    return first, second
+    return answer_json(domain, first, second, first == second)
 
 
 def answer_loss(teacher: Teacher, prompt: Prompt, visual: VisualTokens | None, ids: Tensor, mask: Tensor) -> Tensor:
@@ -232,7 +217,7 @@ class Comparing:
 
 def train_language(
     teacher: Teacher,
-    skills: Sequence[Skill],
+    skills: Sequence[Comparing | Judging],
     *,
     steps: int,
     learning_rate: float = 1e-3,
