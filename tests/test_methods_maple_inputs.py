@@ -155,6 +155,8 @@ def test_alignment_files_that_cannot_be_gone_on_with_are_refused_first(capsys, h
     again = command(house, tmp_path / "run", "--alignment", scores)
     other = [*again, "--teacher", str(tmp_path / "other")]
     assert "were made otherwise (teacher was" in refused(capsys, tmp_path, other)
+    finished = command(house, tmp_path / "first", "--alignment", scores, "--teacher", str(tmp_path / "other"))
+    assert "holds a finished run; give a new folder" in fails(capsys, finished)
     assert "resolution was 64, is 96" in refused(capsys, tmp_path, [*again, "--resolution", "96"])
     with_scores(scores, float("nan"))
     assert "hold nan for the text" in refused(capsys, tmp_path, again)

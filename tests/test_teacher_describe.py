@@ -152,6 +152,27 @@ def test_captions_of_a_comparison_name_differing_attributes_of_both():
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("crown_colour", "red", "red crown"),
+        ("crown color", "None", "no crown color"),
+        ("bill_shape", "spoon", "spoon bill"),
+        ("wing_bars", "none", "no wing bars"),
+        ("shape", "round", "round shape"),
+        ("number of doors", "2", "number of doors: 2"),
+        ("engine type (turbofan/turboprop)", "turbofan", "turbofan engine type"),
+        ("baseColour", "Navy\n Blue ", "Navy Blue baseColour"),
+    ],
+)
+def test_an_attribute_in_words(name, value, words):
+    domain = domain_for_attributes([name])
+    described = {domain.item_keys[0]: {name: value}, domain.item_keys[1]: {name: "other"}, domain.verdict_key: "yes"}
+    first, second = compared_captions(domain, json.dumps(described), answer_key("a")) or ("", "")
+    assert first == words
+    assert "other" in second
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda fields: fields.pop(DOMAIN.verdict_key),
@@ -160,6 +181,8 @@ def test_captions_of_a_comparison_name_differing_attributes_of_both():
         lambda fields: fields.update({DOMAIN.item_keys[1]: BIRDS[0]}),
         lambda fields: fields.update({DOMAIN.item_keys[0]: dict.fromkeys(BIRDS[0], 3)}),
         lambda fields: fields.update({DOMAIN.item_keys[0]: dict.fromkeys(BIRDS[0], " ")}),
+        lambda fields: fields.update({DOMAIN.item_keys[0]: dict.fromkeys(BIRDS[0], "Unknown")}),
+        lambda fields: fields.update({DOMAIN.item_keys[0]: {n: f"{v.upper()} " for n, v in BIRDS[1].items()}}),
         lambda fields: fields.update({DOMAIN.item_keys[0]: dict.fromkeys(BIRDS[0], "x" * MAX_CAPTION_CHARACTERS)}),
     ],
 )

@@ -20,7 +20,7 @@ from fieldmark.evaluation.report import write_report
 from fieldmark.evaluation.report_image_text import CandidateExample
 from fieldmark.evaluation.uncertainty import Paired, p_text, paired_test
 from fieldmark.methods.reporting import FinishedRun, cost, curves, percent
-from fieldmark.methods.teacher_groups import on_accelerator, score_groups
+from fieldmark.methods.teacher_groups import score_groups
 from fieldmark.students.items import encode_items
 from fieldmark.teacher.model import Teacher
 
@@ -90,8 +90,7 @@ class ImageTextWitness:
         Raises:
             FieldmarkError: see `fieldmark.teacher.labels.label_alignment`.
         """
-        with on_accelerator(teacher):
-            scores = score_groups(teacher, groups, path, resolution)
+        scores = score_groups(teacher, groups, path, resolution)
         to_photos, to_texts = set_scores(sets, alignment) if alignment is not None else (np.zeros((0, 0)),) * 2
         anchors = _chosen(to_photos, seed)
         return cls(groups, scores, sets, to_photos, to_texts, anchors, set_cosines(student, sets, anchors))

@@ -60,6 +60,7 @@ from fieldmark.methods.image_text_reporting import ImageTextWitness, write_image
 from fieldmark.methods.run import (
     RunConfig,
     check_folder,
+    check_unused,
     checkpoint_to_resume,
     hide_training_rows,
     make_multimodal_student,
@@ -67,6 +68,7 @@ from fieldmark.methods.run import (
     run_arguments,
     save_results,
 )
+from fieldmark.methods.teacher_groups import on_accelerator
 from fieldmark.methods.trainer import AdapterTrainer, this_process
 from fieldmark.progress import JobProgress
 from fieldmark.students.build import build_student
@@ -294,6 +296,7 @@ def train(config: MapleConfig) -> Path:
     teacher = Teacher.load(config.teacher, dtype=getattr(torch, config.teacher_dtype))
     # 3. Student
     student = make_student(config)
+    check_unused(config)
     check_texts(config, teacher, student, task, items)
     out = check_folder(config, task.bad)
     # 4. The untrained student. The tower is frozen: each test photo passes it once in the whole run
@@ -302,7 +305,7 @@ def train(config: MapleConfig) -> Path:
         before = measure(student, task, config)
     # 5. Hard candidates, and the teacher's scores of them
     sets = mine(config, student, items)
-    with this_process().main_process_first():  # the others find the teacher's answers in its file
+    with this_process().main_process_first(), on_accelerator(teacher):  # the others find its answers in the file
         alignment = None if config.preference == "none" else score(config, teacher, sets, out)
         witness = ImageTextWitness.watch(
             teacher, student, task.groups, sets, alignment, path=alignment_path(config, out),
@@ -468,14 +471,11 @@ def photo_features(config: MapleConfig, student: SentenceTransformer, photos: li
 def score(config: MapleConfig, teacher: Teacher, sets: CandidateSets, out: Path) -> dict[tuple[int, str], float]:
     """The teacher's score of every photo and text that can stand in one candidate set."""
     texts = candidate_texts(sets.texts, sets.negatives)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher.model.to(device)  # type: ignore[arg-type]
     with (
         JobProgress("alignment scores", len(texts)) as job,
         alignment_cache(alignment_path(config, out), teacher, config.resolution) as cache,
     ):
         scores = label_alignment(teacher, sets.photos, texts, cache, resolution=config.resolution, progress=job.update)
-    teacher.model.to("cpu")
     return {
         (item, text): value
         for item, (own, values) in enumerate(zip(texts, scores, strict=True))

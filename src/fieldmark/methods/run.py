@@ -200,7 +200,20 @@ def check_folder(config: FolderConfig, bad: list[BadPhoto]) -> Path:
     return out
 
 
+def check_unused(config: FolderConfig) -> None:
+    """Refuses what `check_folder` would, a file or a folder with a finished or other run, and makes nothing."""
+    if this_process().is_main_process:
+        _settings_for(config, Path(config.out))
+
+
 def _prepare_folder(config: FolderConfig, out: Path) -> None:
+    text = _settings_for(config, out)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _settings_for(config: FolderConfig, out: Path) -> str:
+    """What `config.yaml` of the folder will hold, if the run may use it."""
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise FieldmarkError(f"--out {out} is a file or lies in one; give a folder for the run.")
     if (out / "metrics.json").exists():
@@ -211,8 +224,7 @@ def _prepare_folder(config: FolderConfig, out: Path) -> None:
     text = yaml.safe_dump(settings, sort_keys=False)
     if (out / "config.yaml").exists():
         check_same_run(out / "config.yaml", config, yaml.safe_load(text))
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(text, encoding="utf-8")
+    return text
 
 
 def check_same_run(path: Path, config: FolderConfig, settings: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ CAPTION_PROMPT = (
 CAPTION_KEYS = ("Image 1", "Image 2")
 MAX_CAPTION_CHARACTERS = 400
 MOST_NAMED = 2  # attributes in a caption that is made of a comparison
-_KINDS = {"colour", "color", "shape"}  # a "red crown" is a red crown colour
+_KINDS = {"colour", "color", "shape"}  # "red crown" says what "red crown colour" does
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("photo_1", "photo_2", "caption_1", "caption_2", "answer")]
     + [("generation", pa.int32())]
@@ -110,11 +110,13 @@ def comparison_form(domain: Domain) -> Form:
 def compared_captions(domain: Domain, answer: str, key: str) -> tuple[str, str] | None:
     """One or two of the attributes that an answer gives both photos and that differ, in words: `red crown`.
 
-    Which ones, if there are more, depends on `key` alone. None where the answer is not valid or sees no difference.
+    Which ones, if there are more, depends on `key` alone. None where the answer is not valid or names no difference;
+    whether its verdict is "the same kind" does not matter.
     """
     fields = parse_verdict(answer, domain).fields or {}
     one, other = (_stated(fields.get(item)) for item in domain.item_keys)
-    differing = [name for name in domain.attributes if one.get(name) and other.get(name) and one[name] != other[name]]
+    shared = [name for name in domain.attributes if name in one and name in other]
+    differing = [name for name in shared if one[name].casefold() != other[name].casefold()]
     if not differing:
         return None
     rng = np.random.default_rng(int(key[:12], 16))
@@ -124,17 +126,22 @@ def compared_captions(domain: Domain, answer: str, key: str) -> tuple[str, str] 
 
 
 def _stated(description: object) -> dict[str, str]:
-    """The attributes of one photo that an answer puts into words."""
+    """The attributes of one photo that an answer puts into words, in one line each."""
     items = description.items() if isinstance(description, dict) else ()
-    return {name: value.strip() for name, value in items if isinstance(value, str)}
+    texts = {name: " ".join(value.split()) for name, value in items if isinstance(value, str)}
+    return {name: text for name, text in texts.items() if text.casefold() not in ("", "unknown")}
 
 
 def _phrase(name: str, value: str) -> str:
-    """An attribute in words: `red crown` of crown_colour, `no wing bars` of wing_bars that are none."""
-    words = name.replace("_", " ").split()
-    if len(words) > 1 and words[-1].lower() in _KINDS:
+    """An attribute in words: `red crown` of crown_colour, `no wing bars` of wing_bars, `number of doors: 2`."""
+    words = name.partition("(")[0].replace("_", " ").split()
+    if len(words) > 2:
+        return f"{' '.join(words)}: {value}"
+    if value.casefold() in ("none", "no"):
+        return " ".join(["no", *words])
+    if len(words) > 1 and words[-1].casefold() in _KINDS:
         words = words[:-1]
-    return " ".join(["no" if value.lower() in ("none", "no") else value, *words])
+    return " ".join([value, *words])
 
 
 def candidate_pairs(anchor: int, negatives: Sequence[int]) -> list[tuple[int, int]]:
