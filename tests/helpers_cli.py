@@ -19,6 +19,12 @@ def draw(seed: int) -> Image.Image:
     return Image.fromarray(cells).resize((50, 40), Image.Resampling.BICUBIC)
 
 
+def table_rows(out: str) -> list[list[str]]:
+    """The cells of every line of the tables in what a command printed."""
+    lines = [line for line in out.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
     """A disk that is full: no file may grow above `size` bytes."""

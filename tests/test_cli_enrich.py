@@ -12,14 +12,16 @@ import pytest
 import transformers
 
 from fieldmark import cli
+from fieldmark.commands.enriching import TOO_LONG
 from fieldmark.data.catalog import load_catalog
+from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.enriched import evaluate_enriched
 from fieldmark.students.build import build_student, load_student
 from fieldmark.students.multimodal import build_multimodal_student
 from fieldmark.teacher import attribute_labels
 from fieldmark.teacher.attributes import attribute_answer
 from fieldmark.teacher.questions import Answer
-from helpers_cli import draw, fails
+from helpers_cli import draw, fails, table_rows
 from helpers_export import make_dual_encoder
 from helpers_tiny import make_tiny_teacher
 
@@ -51,6 +53,8 @@ def shop(tmp_path_factory) -> Iterator[Path]:
         "untitled": [row | {"title": row["title"] * (number > 1)} for number, row in enumerate(rows)],
         "silent": [row | {"title": ""} for row in rows],
         "other": [row | {"title": f"another {row['title']}"} for row in rows],
+        "coarse": [row | {"attr_mark": ""} for row in rows],
+        "long": [row | {"title": row["title"] + " x" * 5000 * (number == 5)} for number, row in enumerate(rows)],
         "bare": [{name: row[name] for name in ("image", "label", "title", "split")} for row in rows],
     }
     for name, lines in tables.items():
@@ -113,7 +117,10 @@ def test_metrics_are_those_of_training_on_the_same_attributes(capsys, shop, enri
     found = evaluated(capsys, command(shop, "--enrich", enrich, "--attributes", "catalogue", data=data))
     attributes = list(load_catalog(str(shop / f"{data}.csv"))["attributes"])
     assert attributes[4] == {"category": "c0", "mark": "green"}
-    check_equal(found, expected_of(shop, data, attributes, enrich))
+    said = [
+        {name: own[name] for name in own if name != "category"} for own in attributes
+    ]  # what is counted is not told
+    check_equal(found, expected_of(shop, data, said, enrich))
     assert found["enriched_recall@1"] == pytest.approx(found["enriched_instance_recall@1"])
     assert {"enriched_map@r", "enriched_recall@8"} <= found["intervals"].keys()
     assert any(found[name] != found[f"enriched_{name}"] for name in ("map@r", "mrr", "instance_ndcg@10"))
@@ -158,6 +165,14 @@ def test_a_file_gives_what_its_generator_gives_and_nothing_is_asked(capsys, shop
 
 def test_the_gain_stands_beside_the_cost(capsys, shop, asked):
     generator = str(shop / "generator")
+    argv = command(shop, "--enrich", "query", "--generator", generator, data="roles")
+    found = evaluated(capsys, argv)
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    plain, enriched = found["instance_recall@1"], found["enriched_instance_recall@1"]
+    assert plain != enriched
+    gains = [f"{plain:.3f}", f"{enriched:.3f}", f"{enriched - plain:+.3f}"]
+    assert [row[1:4] for row in table_rows(out) if len(row) == 5 and row[3][:1] in "+-"] == [gains]
     assert cli.main(command(shop, "--enrich", "query", "--generator", generator)) == 0
     out = capsys.readouterr().out
     assert "queries with attributes, instance recall@1" in out
@@ -172,13 +187,15 @@ def test_the_gain_stands_beside_the_cost(capsys, shop, asked):
 
 
 def test_without_enrich_nothing_is_added(capsys, shop, monkeypatch):
-    monkeypatch.setattr("fieldmark.commands.evaluate.name_attributes", None)
+    monkeypatch.setattr("fieldmark.commands.evaluate.AttributeSource", None)
     found = evaluated(capsys, command(shop))
     assert found["query"] == "image"
     assert not [name for name in found if name.startswith("enrich") or name.endswith(("_answers", "_query"))]
 
 
-def test_mistakes_are_one_sentence(capsys, shop, tmp_path):
+def test_mistakes_are_one_sentence(capsys, shop, tmp_path, asked, monkeypatch):
+    for name in ("student.evaluate_student", "multimodal.evaluate_multimodal"):  # all is refused before
+        monkeypatch.setattr(f"fieldmark.evaluation.{name}", None)
     make_dual_encoder("clip", shop).save_pretrained(str(shop / "dual"), create_model_card=False)
     query, own = ["--enrich", "query"], ["--attributes", "catalogue"]
     generator = ["--generator", str(shop / "generator")]
@@ -196,6 +213,16 @@ def test_mistakes_are_one_sentence(capsys, shop, tmp_path):
         ([*query, *own], {"model": "dual"}, "dual does not embed a photo together with a text; leave it out"),
         ([*query, *own], {"data": "untitled"}, f"2 of {ITEMS} photos have no title for attributes to join; leave it"),
         ([*query, *own], {"data": "silent"}, f"{ITEMS} of {ITEMS} photos have no title for attributes to join"),
+        ([*query, *generator], {"data": "untitled"}, f"2 of {ITEMS} photos have no title for attributes to join"),
+        ([*query, *generator, "--category", "no"], {}, "the category 'no' was asked for, which no photo has"),
+        (
+            [*query, *generator, "--downstream"],
+            {"data": "bare"},
+            "--downstream was given, but no photo has an attribute",
+        ),
+        ([*query, *generator, "--downstream"], {}, "no row of split 'train'"),
+        ([*query, *generator], {"data": "long"}, "tokens long with its prompt; this student reads"),
+        ([*query, *own], {"data": "coarse"}, "attributes of its own beside its category 'category'; add a column"),
         ([*query, *own], {"data": "lonely"}, "--enrich was given for photos without another one of their label or"),
         ([*query, *own], {"data": "bare"}, f"none of the {ITEMS} items has attributes of its own; add a column"),
         ([*query, "--attributes", str(tmp_path / "no.parquet")], {}, "no.parquet does not exist; give a file of"),
@@ -203,6 +230,77 @@ def test_mistakes_are_one_sentence(capsys, shop, tmp_path):
         ([*query, *generator, "--schema", str(tmp_path / "no.yaml")], {}, "cannot read the attribute schema"),
     ]:
         assert words in fails(capsys, command(shop, *more, **where)), words
+    assert not asked
+
+
+def test_what_a_generator_is_told_needs_one(capsys, shop):
+    for flag, value in [
+        ("schema", "schema.yaml"),
+        ("max_new_tokens", "8"),
+        ("generator_dtype", "bfloat16"),
+        ("generator_resolution", "64"),
+    ]:
+        for more in ([], ["--enrich", "query", "--attributes", "catalogue"]):
+            told = fails(capsys, command(shop, *more, f"--{flag}", value))
+            assert f"--{flag} was given without --generator; add it, or leave it out." in told
+
+
+def test_nothing_is_asked_before_the_plain_student_is_measured(capsys, shop, asked, monkeypatch):
+    def measured(*args, **kwargs):
+        raise FieldmarkError("the student is measured")
+
+    argv = command(shop, "--enrich", "query", "--generator", str(shop / "generator"))
+    for name in ("student.evaluate_student", "multimodal.evaluate_multimodal"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fieldmark.evaluation.{name}", measured)
+            assert cli.main(argv) == 2
+            assert "the student is measured" in capsys.readouterr().err
+    assert not asked
+
+
+@pytest.mark.parametrize("source", ["generator", "file"])
+def test_attributes_too_long_for_the_student_end_nothing(capsys, caplog, shop, monkeypatch, tmp_path, source):
+    marks = [mark_of(number) if number != 3 else {"mark": "x" * 5000} for number in range(ITEMS)]
+
+    def speak(teacher, photos, questions, **settings):
+        for place, photo in enumerate(photos):
+            yield [(place, Answer(attribute_answer(["mark"], marks[int(Path(photo).stem)]), 9, True))]
+
+    monkeypatch.setattr(attribute_labels, "ask_about_photos", speak)
+    generator, file = str(shop / "generator"), str(tmp_path / "attributes.parquet")
+    given = ["--generator", generator]
+    if source == "file":
+        flags = ["--data", str(shop / "shop.csv"), "--split", "test", "--out", file]
+        assert cli.main(["label", "attributes", "--teacher", generator, *flags]) == 0
+        given = ["--attributes", file]
+    found = evaluated(capsys, command(shop, "--enrich", "query", *given))
+    check_equal(
+        found, expected_of(shop, "shop", [None if number == 3 else marks[number] for number in range(ITEMS)], "query")
+    )
+    if source == "generator":
+        assert (found["n_answers"], found["invalid_answers"]) == (ITEMS, {TOO_LONG: 1})
+    else:
+        assert f"1 of {ITEMS} photos are asked without attributes: {TOO_LONG}" in caplog.messages
+
+
+def test_settings_other_than_those_of_the_generators_run_are_named(capsys, caplog, shop, asked, tmp_path):
+    (tmp_path / "model").symlink_to(shop / "generator")
+    generator = str(tmp_path / "model")
+    argv = command(shop, "--enrich", "query", "--generator", generator)
+    for config, told in [
+        ("{resolution: 224, max_new_tokens: 512, schema: null}", None),
+        ("{resolution: 64, max_new_tokens: 512}", "resolution 64 (here 224)"),
+        (
+            "{resolution: 64, max_new_tokens: 99, schema: s.yaml}",
+            "resolution 64 (here 224), max_new_tokens 99 (here 512), schema s.yaml (here None)",
+        ),
+        ("[", None),
+    ]:
+        caplog.clear()
+        (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+        evaluated(capsys, argv)
+        lines = [line for line in caplog.messages if line.startswith("the generator")]
+        assert lines == ([] if told is None else [f"the generator {generator} was trained with {told}"])
 
 
 def test_a_generator_that_never_answers_rightly_is_one_sentence(capsys, shop):

@@ -18,6 +18,7 @@ from fieldmark.data import groups as groups_module
 from fieldmark.data.aviary import species, species_of_uri
 from fieldmark.data.captions import read_groups
 from fieldmark.data.photos import open_photo
+from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.groups import group_scores, group_scores_by_category
 from fieldmark.evaluation.modality_gap import gap_of_scores, modality_gap
 from fieldmark.methods.teacher_groups import gap_rows
@@ -26,7 +27,7 @@ from fieldmark.students.items import encode_items
 from fieldmark.students.multimodal import build_multimodal_student
 from fieldmark.teacher.inside import PHOTOS_QUESTION, TEXTS_QUESTION
 from fieldmark.teacher.model import Teacher
-from helpers_cli import draw, fails
+from helpers_cli import draw, fails, table_rows
 from helpers_tiny import make_tiny_teacher
 from test_teacher_align import one_by_one, yes_no_teacher
 from test_teacher_inside import public_score
@@ -152,8 +153,26 @@ def test_the_students_gap_is_shown_on_the_same_groups(capsys, house, by_hand):
 
 
 def test_tables_show_both_and_progress_goes_to_stderr(capsys, house):
-    assert cli.main(command(house, "--teacher", house / "teacher", "--teacher_groups", IN_GAP)) == 0
+    argv = command(house, "--teacher", house / "teacher", "--teacher_groups", IN_GAP)
+    found = evaluated(capsys, argv)
+    assert cli.main(argv) == 0
     out, err = capsys.readouterr()
+    rows = {row[0]: row[1:] for row in table_rows(out) if len(row) == 4 and row[0] in (*SCORES, *GAPS)}
+    for name in SCORES:
+        low, high = found["teacher_intervals"][name]
+        shown = [f"{found[name]:.3f}", f"{found[f'teacher_{name}']:.3f}", f"{low:.3f} – {high:.3f}"]
+        assert rows[name] == shown, name
+    for name in GAPS:
+        assert rows[name] == [f"{found[f'sampled_{name}']:.3f}", f"{found[f'teacher_{name}']:.3f}", ""], name
+    assert any(found[name] != found[f"teacher_{name}"] for name in SCORES)
+    by_category = [row for row in table_rows(out) if row[0] in ("colour", "size")]
+    assert by_category == [
+        [name, *(f"{scores[key]:.3f}" for key in SCORES), str(int(scores["n_groups"]))]
+        for kind in ("groups_by_category", "teacher_groups_by_category")
+        for name, scores in found[kind].items()
+    ]
+    yes, no = found["teacher_answers"].values()
+    assert f"answers: 'Yes' is token {yes}, 'No' is token {no}\n" in out
     assert f"beside the student on {GROUPS} groups; gap on {IN_GAP} of them" in out
     assert "groups by category, teacher" in out
     assert f"alignment of test groups  {2 * GROUPS}/{2 * GROUPS}" in err
@@ -177,7 +196,7 @@ def test_one_group_alone_has_no_gap_and_ends_nothing(capsys, caplog, house):
     assert found["n_groups"] == found["teacher_n_groups"] == 1
     assert not [name for name in found if "gap" in name]
     told = [message for message in caplog.messages if "gap is left out: one group alone has no other" in message]
-    assert [message.partition(" modality gap")[0] for message in told] == ["the teacher's", "the"]
+    assert [message.partition(" modality gap")[0] for message in told] == ["the", "the teacher's"]
 
 
 def test_groups_of_a_gap_are_drawn_by_seed():
@@ -205,13 +224,53 @@ def test_mistakes_about_a_teacher_are_one_sentence(capsys, house, monkeypatch, m
     assert words in fails(capsys, command(house, *teacher, *given))
 
 
+@pytest.mark.parametrize(
+    ("more", "data", "words"),
+    [
+        (["--category", "no"], "titled", "the category 'no' was asked for, which no photo has"),
+        (["--downstream"], "titled", "--downstream was given, but no photo has an attribute 'category'"),
+        (["--enrich", "query", "--generator", "{house}/none"], "titled", "could not be loaded"),
+        (["--enrich", "query", "--generator", "{house}/silent"], "untitled", "photos have no title for attributes"),
+        (["--enrich", "query", "--generator", "{house}/silent", "--schema", "no.yaml"], "titled", "cannot read the"),
+        (["--enrich", "query", "--attributes", "no.parquet"], "titled", "no.parquet does not exist"),
+        ([], "long", "this student reads"),
+    ],
+)
+def test_other_mistakes_are_found_before_a_teacher_is_asked(capsys, house, monkeypatch, more, data, words):
+    rows = (house / "titled.csv").read_text(encoding="utf-8")
+    (house / "long.csv").write_text(rows.replace("item 3", "item 3" + " long" * 5000), encoding="utf-8")
+    monkeypatch.setattr("fieldmark.commands.evaluate.ask_teacher", None)
+    monkeypatch.setattr("fieldmark.evaluation.student.evaluate_student", None)
+    given = [str(part).format(house=house) for part in more]
+    assert words in fails(capsys, command(house, "--teacher", house / "teacher", *given, data=data))
+
+
+def test_the_student_is_measured_before_the_teacher_is_asked(capsys, house, monkeypatch):
+    def measured(*args, **kwargs):
+        raise FieldmarkError("the student is measured")
+
+    monkeypatch.setattr("fieldmark.commands.evaluate.ask_teacher", None)
+    monkeypatch.setattr("fieldmark.evaluation.multimodal.evaluate_multimodal", measured)
+    assert cli.main(command(house, "--teacher", house / "teacher")) == 2
+    assert "the student is measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("teacher_groups", 3), ("teacher_dtype", "bfloat16"), ("teacher_resolution", 64)]
+)
+def test_what_a_teacher_is_told_needs_one(capsys, house, flag, value):
+    told = fails(capsys, command(house, f"--{flag}", value))
+    assert f"--{flag} was given without --teacher; add it, or leave it out." in told
+
+
 def test_captions_that_cannot_be_asked_about_are_refused_first(capsys, house, monkeypatch):
     lines = [json.loads(line) for line in (house / "groups.jsonl").read_text(encoding="utf-8").splitlines()]
     write_groups(house / "long.jsonl", [*lines[:4], lines[4] | {"caption_1": "x" * 5000}])
     write_groups(house / "together.jsonl", [lines[0], lines[1] | {"caption_0": "x" * 2500}])
     monkeypatch.setattr("fieldmark.methods.teacher_groups.label_alignment", None)
     asking = ("--teacher", house / "teacher")
-    assert "shorten the text" in fails(capsys, command(house, *asking, groups="long"))
+    assert "this student reads" in fails(capsys, command(house, *asking, groups="long"))
+    assert "shorten the text" in fails(capsys, command(house, *asking, model="photos", groups="long"))
     assert "shorten them" in fails(capsys, command(house, *asking, groups="together"))
 
 

@@ -500,6 +500,19 @@ def test_an_answer_that_is_not_valid_adds_nothing_and_that_is_said(stores, run, 
     assert f" s: nothing, the answer is not valid: {reason}\n" in shown
 
 
+def test_a_store_without_titles_is_warned_of_where_attributes_join_the_query(
+    models, stores, shop, run, generator, caplog
+):
+    photo, told = str(shop.root / "6.png"), "have no titles in their vectors (--with_titles)"
+    run("search", stores["texts"].db, photo, *generator.flags)
+    assert sum(told in line for line in caplog.messages) == 1
+    caplog.clear()
+    run("search", stores["texts"].db, photo)
+    run("index", models["texts"], "--data", shop.source, "--out", shop.db, "--with_titles")
+    run("search", shop.db, photo, *generator.flags)
+    assert not [line for line in caplog.messages if told in line]
+
+
 def test_attributes_that_cannot_join_are_refused(models, stores, shop, capsys, tmp_path):
     photos, texts = stores["photos"].db, stores["texts"].db
     photo, enrich, named = str(shop.root / "0.png"), ["--enrich", "query"], ["--generator", models["teacher"]]
@@ -509,6 +522,8 @@ def test_attributes_that_cannot_join_are_refused(models, stores, shop, capsys, t
         ([texts, photo, *named], "--generator was given without --enrich; add --enrich query, or leave it out."),
         ([texts, photo, "--enrich", "both"], "--enrich was given 'both'; expected one of query, none"),
         ([texts, photo, *enrich, *named, "--max_new_tokens", "0"], "--max_new_tokens was given 0"),
+        ([texts, photo, "--max_new_tokens", "9"], "--max_new_tokens was given without --generator; add it, or leave"),
+        ([texts, photo, "--schema", "no.yaml"], "--schema was given without --generator"),
         ([texts, photo, *enrich, "--generator", str(tmp_path / "no")], "no' could not be loaded"),
         ([texts, photo, *enrich, *named, "--schema", "no.yaml"], "cannot read the attribute schema no.yaml"),
         (

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from fieldmark import cli
-from fieldmark.commands.train import enriched_rows
+from fieldmark.commands.train import gains_of
 from fieldmark.data import aviary
 from fieldmark.methods import saga
 from fieldmark.methods.quickstart import embedded_teacher
@@ -272,7 +272,7 @@ def test_what_attributes_gain_stands_beside_what_they_cost():
     key = "instance_recall@1"
     ladder = {"agcl": {key: 0.5}, "agcl + distilled generator": {key: 0.6}}
     loop = {"method": "afmrl", "after": {}, "ladder": ladder, "seconds_per_query": {"attributes": 0.25}}
-    assert enriched_rows(loop) == [("distilled generator", "0.500", "0.600", "+0.100", "0.250")]
+    assert gains_of(loop) == [("distilled generator", "0.500", "0.600", "+0.100", "0.250")]
     alone = {"method": "agcl", "after": {key: 0.5, f"enriched_{key}": 0.4}}
-    assert enriched_rows(alone) == [("agcl", "0.500", "0.400", "-0.100", "not measured here")]
-    assert enriched_rows({"method": "saga", "after": {"recall@1": 0.5}}) == []
+    assert gains_of(alone) == [("agcl", "0.500", "0.400", "-0.100", "not measured here")]
+    assert gains_of({"method": "saga", "after": {"recall@1": 0.5}}) == []

@@ -160,6 +160,20 @@ def test_some_query_titles_are_followed_by_attributes(tmp_path, base):
     assert texts == [collator.query_text(3, step) for step in range(400)]
 
 
+def test_the_category_weighs_negatives_and_joins_no_title(tmp_path, base):
+    settings = {**SMALL, "out": str(tmp_path / "run"), "student": base, "max_steps": 1}
+    whole, task = (agcl.open_task(AgclConfig(**settings, category=name)) for name in (None, "crown_colour"))
+    assert whole.attributes == task.attributes
+    assert all("crown_colour" in own for own in whole.attributes + whole.test_attributes)
+    for own, said in zip(whole.test_attributes, task.test_attributes, strict=True):
+        assert said == {name: value for name, value in own.items() if name != "crown_colour"}
+    config = AgclConfig(**settings)
+    batches, student = agcl.make_batches(config, task), agcl.make_student(config)
+    for one, told in ((whole, True), (task, False)):
+        collator = agcl.ProductCollator(student, one, batches, seed=0, enriched_share=1.0, memory_mb=1)
+        assert ("crown_colour: " in collator.query_text(3, 0)) == told
+
+
 def test_enriched_queries_are_asked_with_their_attributes_and_found_without(base):
     """Against a loop over queries, for each side that may be enriched."""
     student = build_multimodal_student(base, pooling="lasttoken", resolution=64, lora_rank=0)

@@ -30,6 +30,7 @@ from transformers import (
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.students.build import load_student
+from fieldmark.students.items import too_long
 from fieldmark.students.lora import load_lora
 from fieldmark.students.multimodal import (
     build_multimodal_student,
@@ -401,6 +402,23 @@ def test_internvl_reads_one_block_of_tokens_a_photo(tmp_path: Path) -> None:
     loaded = SentenceTransformer(str(tmp_path / "student"))
     square = wide.resize((56, 56), Image.Resampling.BICUBIC)
     assert np.abs(loaded.encode([{"image": square, "text": TEXTS[0]}])[0] - vectors[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_too_long_is_what_would_be_refused(students: dict[str, SentenceTransformer], model_type: str) -> None:
+    student, photo = copy.deepcopy(students[model_type]), Image.new("RGB", (64, 64), (90, 140, 60))
+    texts = ["é" * count for count in range(1, 30)] + ["bill"]
+    length = tokenize_items(student, images=[photo], texts=[texts[12]])["input_ids"].shape[1]
+    student.transformers_model.config.get_text_config().max_position_embeddings = length
+    refused = []
+    for item, text in enumerate(texts):
+        try:
+            tokenize_items(student, images=[photo], texts=[text])
+        except FieldmarkError:
+            refused.append(item)
+    assert too_long(student, [photo] * len(texts), texts) == refused
+    assert 0 < len(refused) < len(texts) - 1
+    assert too_long(student, [], []) == []
 
 
 # Mistakes

@@ -243,8 +243,10 @@ def test_a_killed_command_goes_on(saved, catalogue, tmp_path, capsys, passes):
     np.testing.assert_allclose(list(one.values()), [other[key] for key in one], atol=1e-5)
 
 
-def test_the_file_serves_label_alignment(teacher, saved, catalogue, photos, tmp_path, passes):
+def test_the_file_serves_label_alignment(teacher, saved, catalogue, photos, tmp_path, passes, capsys):
     assert cli.main(align("--teacher", saved, "--data", catalogue(), "--out", tmp_path / "f.parquet")) == 0
+    yes, no = (teacher.tokenizer(word).input_ids[0] for word in ("Yes", "No"))
+    assert f"answers: 'Yes' is token {yes}, 'No' is token {no}\n" in capsys.readouterr().out
     passes.clear()
     size = MapleConfig(data="x", out="y").resolution  # so that `train maple --alignment` reads it as it is
     own = score(teacher, tmp_path / "f.parquet", photos, [[title] for title in TITLES], size)

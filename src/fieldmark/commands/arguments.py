@@ -107,6 +107,15 @@ def positive(name: str, value: int) -> None:
         raise FieldmarkError(f"--{name} was given {value}; expected 1 or more.")
 
 
+def check_owned(options: Any, owner: str, names: Collection[str]) -> None:
+    """Refuses flags that differ from their defaults where the flag that they belong to was not given."""
+    if getattr(options, owner) is not None:
+        return
+    for field in fields(options):
+        if field.name in names and getattr(options, field.name) != field.default:
+            raise FieldmarkError(f"--{field.name} was given without --{owner}; add it, or leave it out.")
+
+
 def field_help(options: type) -> dict[str, str]:
     """What a dataclass's docstring says of each field under `Attributes:`."""
     names = {field.name for field in fields(options)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fieldmark.commands.arguments import positive
+from fieldmark.commands.arguments import check_owned, positive
 from fieldmark.commands.console import number, print_table
+from fieldmark.commands.labelling import load_teacher
 from fieldmark.errors import FieldmarkError
 
 if TYPE_CHECKING:
@@ -19,8 +21,12 @@ if TYPE_CHECKING:
 
     from fieldmark.data.photos import PhotoRef
     from fieldmark.teacher.attribute_labels import AttributeLabels, Attributes
-    from fieldmark.teacher.attributes import ParsedAnswer
+    from fieldmark.teacher.attributes import AttributeSchema, ParsedAnswer
     from fieldmark.teacher.model import Teacher
+
+logger = logging.getLogger(__name__)
+
+TOO_LONG = "too long for the student together with photo and title"
 
 
 @dataclass(kw_only=True)
@@ -50,7 +56,7 @@ class EnrichOptions(GeneratorOptions):
         enrich: whose titles attributes join, to measure photos with titles without and with them: the queries', those
             of both sides, or none's.
         attributes: instead of --generator: file of `fieldmark label attributes` for this split, or `catalogue` for the
-            catalogue's own attributes.
+            catalogue's own attributes, without the category.
     """
 
     enrich: Literal["query", "both", "none"] = "none"
@@ -91,10 +97,12 @@ def print_gains(metric: str, rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def check_generator(options: GeneratorOptions) -> None:
-    """Refuses numbers that no answer could have."""
+    """Refuses numbers that no answer could have, and settings of a generator without one."""
     positive("max_new_tokens", options.max_new_tokens)
     if options.generator_resolution is not None:
         positive("generator_resolution", options.generator_resolution)
+    settings = ("schema", "max_new_tokens", "generator_dtype", "generator_resolution")
+    check_owned(options, "generator", settings)
 
 
 def check_enrich(options: EnrichOptions) -> None:
@@ -121,6 +129,14 @@ def check_takes_both(student: SentenceTransformer, name: str) -> None:
         )
 
 
+class Generator(NamedTuple):
+    """A loaded generator, its question, and the settings it is asked with."""
+
+    teacher: Teacher
+    schema: AttributeSchema
+    asked_with: dict[str, Any]
+
+
 class Named(NamedTuple):
     """Attributes of each row of a catalogue, None where there are none; and how a generator that was asked did."""
 
@@ -128,41 +144,138 @@ class Named(NamedTuple):
     labels: AttributeLabels | None
 
 
-def name_attributes(options: EnrichOptions, catalog: datasets.Dataset) -> Named:
-    """Attributes of the rows that need them: those that ask, with --enrich both also those that are found.
+@dataclass(frozen=True)
+class AttributeSource:
+    """Attributes that can be had.
 
-    Raises:
-        FieldmarkError: a title is missing, there are no attributes, or the generator cannot be asked.
+    Attributes:
+        catalog: N rows.
+        rows: those that need attributes: those that ask, with --enrich both also those that are found.
+        known: their attributes, where a file or the catalogue has them.
+        generator: who is asked where they are not known.
     """
+
+    catalog: datasets.Dataset
+    rows: list[int]
+    known: list[Attributes | None] | None
+    generator: Generator | None
+
+    @classmethod
+    def open(cls, options: EnrichOptions, catalog: datasets.Dataset, category: str) -> AttributeSource:
+        """Reads the attributes, or loads the generator and looks at what it will be asked; asks nothing.
+
+        Args:
+            options: where they come from.
+            catalog: N rows.
+            category: attribute that coarse retrieval counts, which is none of the catalogue's own here.
+
+        Raises:
+            FieldmarkError: there are no attributes, or the generator cannot be asked.
+        """
+        rows = [row for row, role in enumerate(catalog["role"]) if options.enrich == "both" or role != "gallery"]
+        part = catalog.select(rows)
+        if options.attributes is not None:
+            return cls(catalog, rows, _known(options.attributes, part, category), None)
+        from fieldmark.teacher.questions import check_questions
+
+        generator = load_generator(options)
+        questions = [generator.schema.ask(title) for title in part["title"]]
+        if rows:
+            check_questions(generator.teacher, part["image"][0], questions, **generator.asked_with)
+        return cls(catalog, rows, None, generator)
+
+    def name(self) -> Named:
+        """The attributes of each row; a generator is asked now, with a progress bar, and its answers kept nowhere.
+
+        Raises:
+            FieldmarkError: none of the generator's answers is valid.
+        """
+        labels = None if self.generator is None else _ask_about_all(self.generator, self.catalog.select(self.rows))
+        found = self.known if labels is None else labels.of
+        of: list[Attributes | None] = [None] * len(self.catalog)
+        for row, own in zip(self.rows, found or [], strict=True):
+            of[row] = own
+        return Named(of, labels)
+
+
+def drop_too_long(student: SentenceTransformer, catalog: datasets.Dataset, attributes: list[Attributes | None]) -> int:
+    """Takes attributes away that make photo and title too long for the student; returns from how many rows."""
+    from fieldmark.students.enrich import enriched_text
+    from fieldmark.students.items import too_long
+
+    rows = [row for row, own in enumerate(attributes) if own]
+    part = catalog.select(rows)
+    texts = [enriched_text(title, attributes[row]) for row, title in zip(rows, part["title"], strict=True)]
+    long = too_long(student, list(part["image"]), texts)
+    for place in long:
+        attributes[rows[place]] = None
+    return len(long)
+
+
+def check_titles(catalog: datasets.Dataset) -> None:
+    """Refuses photos without a title that attributes could join."""
     missing = sum(not title for title in catalog["title"])
     if missing:
         raise FieldmarkError(
             f"--enrich was given, but {missing} of {len(catalog)} photos have no title for attributes to join; leave "
             "it out, or add a column (--title_column)."
         )
-    rows = [row for row, role in enumerate(catalog["role"]) if options.enrich == "both" or role != "gallery"]
-    part, labels = catalog.select(rows), None
-    if options.attributes is not None:
-        from fieldmark.teacher.attribute_labels import known_attributes
-
-        found = known_attributes(part, options.attributes)
-    else:
-        labels = _ask_about_all(options, part)
-        found = labels.of
-    of: list[Attributes | None] = [None] * len(catalog)
-    for row, own in zip(rows, found, strict=True):
-        of[row] = own
-    return Named(of, labels)
 
 
-def _ask_about_all(options: GeneratorOptions, rows: datasets.Dataset) -> AttributeLabels:
-    """A generator's answers about all rows, with a progress bar; kept nowhere."""
+def load_generator(options: GeneratorOptions) -> Generator:
+    """The generator that --generator names; a line says where it is asked otherwise than its run asked it.
+
+    Raises:
+        FieldmarkError: the schema cannot be read, or the generator cannot be loaded.
+    """
+    from fieldmark.teacher.attributes import load_schema
+    from fieldmark.teacher.questions import square_side
+
+    assert options.generator is not None
+    schema = load_schema(options.schema)
+    teacher = load_teacher(options.generator, options.generator_dtype)
+    resolution = square_side(teacher, options.generator_resolution)
+    trained = _trained_with(Path(options.generator))
+    if "resolution" in trained:
+        trained["resolution"] = square_side(teacher, trained["resolution"])
+    given = {"resolution": resolution, "max_new_tokens": options.max_new_tokens, "schema": options.schema}
+    other = [f"{name} {trained[name]} (here {given[name]})" for name in trained if trained[name] != given[name]]
+    if other:
+        logger.warning("the generator %s was trained with %s", options.generator, ", ".join(other))
+    return Generator(teacher, schema, {"max_new_tokens": options.max_new_tokens, "resolution": resolution})
+
+
+def ask_about_query(options: GeneratorOptions, photo: PhotoRef, text: str | None) -> tuple[ParsedAnswer, float]:
+    """What a generator says of one photo, with its text where there is one, and the seconds that the answer took."""
+    from fieldmark.teacher.attribute_labels import ask_about_item
+
+    generator = load_generator(options)
+    started = time.monotonic()
+    answer = ask_about_item(generator.teacher, photo, text, generator.schema, **generator.asked_with)
+    return answer, time.monotonic() - started
+
+
+def _known(source: str, rows: datasets.Dataset, category: str) -> list[Attributes | None]:
+    """Attributes of a file or of the catalogue; of its own not the category, which coarse retrieval counts."""
+    from fieldmark.teacher.attribute_labels import CATALOGUE, known_attributes, without
+
+    found = known_attributes(rows, source)
+    if source != CATALOGUE:
+        return found
+    found = without(found, category)
+    if not any(found):
+        raise FieldmarkError(
+            f"none of the {len(rows)} items has attributes of its own beside its category {category!r}; add a column "
+            "(--attribute_columns), or give --generator."
+        )
+    return found
+
+
+def _ask_about_all(generator: Generator, rows: datasets.Dataset) -> AttributeLabels:
     from fieldmark.progress import JobProgress
     from fieldmark.teacher.attribute_labels import attribute_cache, label_attributes
-    from fieldmark.teacher.attributes import load_schema
 
-    schema = load_schema(options.schema)
-    teacher, asked_with = _load_generator(options)
+    teacher, schema, asked_with = generator
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "attributes.parquet"
         cache = attribute_cache(path, teacher, schema, temperature=0.0, seed=0, **asked_with)
@@ -172,27 +285,13 @@ def _ask_about_all(options: GeneratorOptions, rows: datasets.Dataset) -> Attribu
             )
 
 
-def ask_about_query(options: GeneratorOptions, photo: PhotoRef, text: str | None) -> tuple[ParsedAnswer, float]:
-    """What a generator says of one photo, with its text where there is one, and the seconds that the answer took."""
-    from fieldmark.teacher.attribute_labels import ask_about_item
-    from fieldmark.teacher.attributes import load_schema
+def _trained_with(model: Path) -> dict[str, Any]:
+    """The settings of the run in whose folder a generator lies, as far as it is asked with them; else none."""
+    import yaml
 
-    schema = load_schema(options.schema)
-    teacher, asked_with = _load_generator(options)
-    started = time.monotonic()
-    answer = ask_about_item(teacher, photo, text, schema, **asked_with)
-    return answer, time.monotonic() - started
-
-
-def _load_generator(options: GeneratorOptions) -> tuple[Teacher, dict[str, Any]]:
-    """The generator, on the accelerator where there is one, and the settings it is asked with."""
-    import torch
-
-    from fieldmark.teacher.model import Teacher
-    from fieldmark.teacher.questions import square_side
-
-    assert options.generator is not None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = Teacher.load(options.generator, dtype=getattr(torch, options.generator_dtype), device=device)
-    resolution = square_side(teacher, options.generator_resolution)
-    return teacher, {"max_new_tokens": options.max_new_tokens, "resolution": resolution}
+    try:
+        settings = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    names = ("resolution", "max_new_tokens", "schema")
+    return {name: settings[name] for name in names if name in settings} if isinstance(settings, dict) else {}

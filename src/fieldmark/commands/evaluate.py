@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import interval, number, print_json, print_table, quiet_libraries
 from fieldmark.commands.enriching import (
+    TOO_LONG,
+    AttributeSource,
     EnrichOptions,
     Gain,
     Named,
     check_enrich,
     check_takes_both,
+    check_titles,
+    drop_too_long,
     gain_rows,
-    name_attributes,
     print_gains,
 )
 from fieldmark.commands.evaluate_teacher import (
     TeacherOptions,
     ask_teacher,
     check_teacher,
+    open_teacher,
+    print_categories,
     print_teacher,
     sampled_gap,
     teacher_as_json,
@@ -108,13 +113,20 @@ def run(argv: list[str]) -> None:
     from fieldmark.data.checks import write_bad_photos
     from fieldmark.data.groups import find_groups
     from fieldmark.evaluation.multimodal import evaluate_multimodal
+    from fieldmark.evaluation.products import CATEGORY
     from fieldmark.students.items import is_multimodal
 
+    # 1. What is measured, and what that needs
     whole, bad = read_catalog(options)
     catalog = select_split(whole, options.split)
     bad = [one for one in bad if one.split == options.split]
     if options.bad_files is not None:
         write_bad_photos(bad, Path(options.bad_files))
+    rows = one_row_a_photo(catalog)
+    categories = _categories(options, whole, rows)
+    if options.enrich != "none":
+        check_titles(rows)
+    # 2. All that takes part is loaded and can do it, before anything is measured or asked
     student = load_model(options.model)
     if options.enrich != "none":
         check_takes_both(student, options.model)
@@ -125,29 +137,44 @@ def run(argv: list[str]) -> None:
         raise FieldmarkError(f"--groups was given, but {lacking}; leave it out, or give what has both.")
     wanted = with_texts or options.teacher is not None
     groups = find_groups(options.data, catalog, options.groups, split=options.split) if wanted else []
-    teacher = ask_teacher(options, groups, options.data)
-    measured = _photo_queries(options, student, whole, one_row_a_photo(catalog), with_texts=with_texts)
+    plan = _plan(options, rows, categories, with_texts=with_texts)
+    if with_texts:
+        captions = [text for group in groups for text in group.captions]
+        _check_texts(student, [*filter(None, catalog["title"]), *captions], options.batch_size)
+    source = AttributeSource.open(options, rows, options.category or CATEGORY) if plan.enriched else None
+    teacher = open_teacher(options, groups, options.data)
+    # 3. The student
+    measured, vectors = _photo_queries(options, student, whole, rows, plan)
     metrics, intervals, more = measured.metrics | metrics, measured.intervals, measured.more
+    texts = None
     if with_texts:
         texts = evaluate_multimodal(student, catalog, groups, batch_size=options.batch_size)
         metrics, intervals = metrics | texts.metrics, intervals | texts.intervals
         more["groups_by_category"] = texts.by_category
-        if teacher is not None:
-            metrics |= sampled_gap(teacher, texts)
+    # 4. The generator is asked, and the queries are measured with its attributes
+    if source is not None:
+        assert vectors is not None
+        enriched = _enriched(options, student, rows, source.name(), vectors, plan)
+        source = None  # the teacher needs the generator's memory
+        metrics, intervals, more = metrics | enriched.metrics, intervals | enriched.intervals, more | enriched.more
+    # 5. The teacher is asked
+    asked = None if teacher is None else ask_teacher(options, teacher, groups)
+    if asked is not None and texts is not None:
+        metrics |= sampled_gap(asked, texts)
     if options.json:
         about = {"model": options.model, "data": options.data, "split": options.split, "query": options.query}
-        asked = {} if teacher is None else teacher_as_json(options, teacher)
-        print_json({**about, **metrics, "intervals": intervals, **more, **asked})
+        of_teacher = {} if asked is None else teacher_as_json(options, asked)
+        print_json({**about, **metrics, "intervals": intervals, **more, **of_teacher})
         return
-    rows = [(name, number(value, name), interval(intervals.get(name))) for name, value in metrics.items()]
+    lines = [(name, number(value, name), interval(intervals.get(name))) for name, value in metrics.items()]
     title = f"{options.model} on {options.data} ({options.split})"
-    print_table(title, ("metric", "value", "95 % interval over queries"), rows)
+    print_table(title, ("metric", "value", "95 % interval over queries"), lines)
     _print_enriched(options, metrics, more)
     _print_pairs(more.get("hardest_class_pairs", []))
     _print_by_attributes(more.get("recall_by_differing_attributes", []))
-    _print_categories(more.get("groups_by_category", {}))
-    if teacher is not None:
-        print_teacher(options, teacher, metrics)
+    print_categories("groups by category", more.get("groups_by_category", {}))
+    if asked is not None:
+        print_teacher(options, asked, metrics)
 
 
 def one_row_a_photo(catalog: datasets.Dataset) -> datasets.Dataset:
@@ -164,91 +191,127 @@ class _Measured(NamedTuple):
     more: dict[str, Any]
 
 
-def _photo_queries(
-    options: EvaluateOptions,
-    student: SentenceTransformer,
-    whole: datasets.Dataset,
-    catalog: datasets.Dataset,
-    *,
-    with_texts: bool,
-) -> _Measured:
-    """What photos (or photos with their titles) find: others of their label, of their category.
+class _Plan(NamedTuple):
+    """What photos are to find.
 
-    A catalogue with titles needs neither: a photo's title finds it, whether or not another photo of its class does.
+    Attributes:
+        categories: of each photo, where there are any.
+        by_label: whether others of their label are looked for.
+        labelled: whether each photo has a label and some photo another one of its own.
+        with_texts: whether the student and the catalogue have texts.
+        enriched: whether they are also asked with attributes.
     """
-    from fieldmark.evaluation.products import KS, evaluate_products
-    from fieldmark.evaluation.student import evaluate_student, has_positives
 
-    categories, with_titles = _categories(options, catalog), options.query == "image+text"
+    categories: list[str | None] | None
+    by_label: bool
+    labelled: bool
+    with_texts: bool
+    enriched: bool
+
+
+def _plan(
+    options: EvaluateOptions, catalog: datasets.Dataset, categories: list[str | None] | None, *, with_texts: bool
+) -> _Plan:
+    """A catalogue with titles needs neither labels nor categories: a photo's title finds it.
+
+    Raises:
+        FieldmarkError: photos with their titles have nothing to find.
+    """
+    from fieldmark.evaluation.student import has_positives
+
     labelled = all(catalog["label"]) and has_positives(catalog)
-    enriched = options.enrich != "none" and (labelled or categories is not None)
-    named = name_attributes(options, catalog) if enriched else None
-    if labelled or not (with_texts or categories):
-        found = evaluate_student(
-            student, catalog, batch_size=options.batch_size, ks=options.ks, with_titles=with_titles,
-            clustering=options.clustering, neighbours=max(KS),
-        )  # fmt: skip
-        measured = _Measured(found.metrics, found.intervals, _confusions(found, catalog))
-        by_label, vectors = found.per_query, found.embeddings
-    elif categories:
-        measured, by_label, vectors = _Measured({}, {}, {}), None, _embed(options, student, catalog)
-    elif with_titles:
+    by_label = labelled or not (with_texts or categories)
+    if not (by_label or categories) and options.query == "image+text":
         flag = "--query image+text" if options.enrich == "none" else "--enrich"
         raise FieldmarkError(
             f"{flag} was given for photos without another one of their label or category to find; leave it "
             "out, or give a catalogue with several photos a label"
         )
+    return _Plan(categories, by_label, labelled, with_texts, options.enrich != "none")
+
+
+def _check_texts(student: SentenceTransformer, texts: list[str], batch_size: int) -> None:
+    """Refuses a text that is too long for the student."""
+    from fieldmark.students.items import tokenize_items
+
+    read = sorted(dict.fromkeys(texts), key=len)
+    for start in range(0, len(read), batch_size):
+        tokenize_items(student, texts=read[start : start + batch_size])
+
+
+def _photo_queries(
+    options: EvaluateOptions,
+    student: SentenceTransformer,
+    whole: datasets.Dataset,
+    catalog: datasets.Dataset,
+    plan: _Plan,
+) -> tuple[_Measured, np.ndarray | None]:
+    """What photos (or photos with their titles) find: others of their label, of their category; and their vectors."""
+    from fieldmark.evaluation.products import KS, evaluate_products
+    from fieldmark.evaluation.student import evaluate_student
+
+    if plan.by_label:
+        found = evaluate_student(
+            student, catalog, batch_size=options.batch_size, ks=options.ks,
+            with_titles=options.query == "image+text", clustering=options.clustering, neighbours=max(KS),
+        )  # fmt: skip
+        measured = _Measured(found.metrics, found.intervals, _confusions(found, catalog))
+        by_label, vectors = found.per_query, found.embeddings
+    elif plan.categories:
+        measured, by_label, vectors = _Measured({}, {}, {}), None, _embed(options, student, catalog)
     else:
-        return _Measured({}, {}, {})
-    if with_texts and not categories:
+        return _Measured({}, {}, {}), None
+    if plan.with_texts and not plan.categories:
         logger.warning("coarse retrieval is left out: no photo has an attribute 'category' (or --category NAME)")
-    if with_texts or categories:
-        products = evaluate_products(by_label, vectors, catalog, categories)
+    if plan.with_texts or plan.categories:
+        products = evaluate_products(by_label, vectors, catalog, plan.categories)
         measured.metrics.update(products.metrics)
         measured.intervals.update(products.intervals)
-    if named is not None:
-        _add_enriched(options, student, catalog, named, measured, vectors, categories, labelled=labelled)
     if options.downstream:
-        measured.metrics.update(_downstream(options, student, whole, vectors, categories or []))
-    return measured
+        measured.metrics.update(_downstream(options, student, whole, vectors, plan.categories or []))
+    return measured, vectors
 
 
-def _add_enriched(
+def _enriched(
     options: EvaluateOptions,
     student: SentenceTransformer,
     catalog: datasets.Dataset,
     named: Named,
-    measured: _Measured,
     vectors: np.ndarray,
-    categories: list[str | None] | None,
-    *,
-    labelled: bool,
-) -> None:
-    """What photos with titles and attributes find, beside what those without do, and what a generator cost."""
+    plan: _Plan,
+) -> _Measured:
+    """What photos with titles and attributes find, and what a generator cost."""
     from fieldmark.evaluation.enriched import PREFIX, enriched_rows, evaluate_asked
     from fieldmark.evaluation.uncertainty import bootstrap_intervals
     from fieldmark.progress import JobProgress
 
+    long = drop_too_long(student, catalog, named.of)
     with JobProgress("measuring with attributes", len(enriched_rows(catalog, named.of, options.enrich))) as job:
         asked = evaluate_asked(
-            student, catalog, named.of, vectors, enrich=options.enrich, categories=categories, labelled=labelled,
-            batch_size=options.batch_size, progress=job.update,
+            student, catalog, named.of, vectors, enrich=options.enrich, categories=plan.categories,
+            labelled=plan.labelled, batch_size=options.batch_size, progress=job.update,
         )  # fmt: skip
+    metrics, intervals = dict(asked.metrics), dict(asked.intervals)
     if asked.per_query is not None:
         values = {PREFIX + name: each for name, each in asked.per_query.values(options.ks).items()}
-        measured.metrics.update({name: float(each.mean()) for name, each in values.items()})
-        measured.intervals.update(bootstrap_intervals(values))
-    measured.metrics.update(asked.metrics)
-    measured.intervals.update(asked.intervals)
-    cost = None if named.labels is None else named.labels.seconds_per_item
-    measured.more.update({"enrich": options.enrich, "seconds_per_query": cost})
+        metrics = {name: float(each.mean()) for name, each in values.items()} | metrics
+        intervals = bootstrap_intervals(values) | intervals
+    more: dict[str, Any] = {"enrich": options.enrich, "seconds_per_query": None}
     if named.labels is not None:
-        measured.more.update({"n_answers": named.labels.answers, "invalid_answers": dict(named.labels.invalid)})
+        invalid = dict(named.labels.invalid) | ({TOO_LONG: long} if long else {})
+        more |= {"seconds_per_query": named.labels.seconds_per_item, "n_answers": named.labels.answers}
+        more["invalid_answers"] = invalid
+    elif long:
+        logger.warning("%d of %d photos are asked without attributes: %s", long, len(catalog), TOO_LONG)
+    return _Measured(metrics, intervals, more)
 
 
-def _categories(options: EvaluateOptions, catalog: datasets.Dataset) -> list[str | None] | None:
+def _categories(
+    options: EvaluateOptions, whole: datasets.Dataset, catalog: datasets.Dataset
+) -> list[str | None] | None:
     """The photos' categories, where they have any; what --downstream needs is there."""
-    from fieldmark.evaluation.products import categories_of
+    from fieldmark.data.catalog import select_split
+    from fieldmark.evaluation.products import CATEGORY, categories_of
 
     categories = categories_of(catalog, options.category)
     if options.downstream and categories is None:
@@ -257,6 +320,8 @@ def _categories(options: EvaluateOptions, catalog: datasets.Dataset) -> list[str
         )
     if options.downstream and options.split == "train":
         raise FieldmarkError("--downstream fits a probe to the split train, which was to be measured; give another")
+    if options.downstream:
+        categories_of(select_split(whole, "train"), options.category or CATEGORY)
     return categories
 
 
@@ -331,13 +396,6 @@ def _print_enriched(options: EvaluateOptions, metrics: dict[str, float], more: d
             break
     for reason, count in more.get("invalid_answers", {}).items():
         say(f"{count} of {more['n_answers']} answers are not valid: {reason}")
-
-
-def _print_categories(categories: dict[str, dict[str, float]]) -> None:
-    if categories:
-        names = ("text_score", "image_score", "group_score", "n_groups")
-        rows = [(name, *(number(found[key], key) for key in names)) for name, found in categories.items()]
-        print_table("groups by category", ("category", *names), rows)
 
 
 def _print_by_attributes(rows: list[dict[str, Any]]) -> None:

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from fieldmark.commands.arguments import check_owned, positive
 from fieldmark.commands.console import interval, number, print_table
+from fieldmark.commands.labelling import answers_line, say
 from fieldmark.errors import FieldmarkError
 
 if TYPE_CHECKING:
     from fieldmark.data.captions import Group
     from fieldmark.evaluation.multimodal import MultimodalEvaluation
     from fieldmark.methods.teacher_groups import TeacherGroups
+    from fieldmark.teacher.model import Teacher
 
 SCORES = ("text_score", "image_score", "group_score")
 GAPS = ("gap_dist", "gap_disc", "gap_ratio", "matched_gap_dist", "matched_gap_disc", "matched_gap_ratio")
@@ -26,8 +29,8 @@ class TeacherOptions:
     Attributes:
         teacher: folder or hub id of a multimodal LLM: its alignment scores of the groups are measured beside the
             student's cosines.
-        teacher_groups: N groups at most, drawn by a fixed seed, that its modality gap is measured on, which takes 8 N^2
-            questions; 0 leaves the gap out. The student's gap on the same groups is shown beside it.
+        teacher_groups: its modality gap is measured on N groups at most, drawn by a fixed seed, and takes 8 N^2
+            questions. 0 leaves it out.
         teacher_dtype: its precision.
         teacher_resolution: side in pixels its photos are resized to; null is its usual one.
     """
@@ -44,15 +47,16 @@ def check_teacher(options: TeacherOptions) -> None:
         raise FieldmarkError(
             f"--teacher_groups was given {options.teacher_groups}; expected 2 or more, or 0 to leave the gap out."
         )
-    if options.teacher_resolution is not None and options.teacher_resolution < 1:
-        raise FieldmarkError(f"--teacher_resolution was given {options.teacher_resolution}; expected 1 or more.")
+    if options.teacher_resolution is not None:
+        positive("teacher_resolution", options.teacher_resolution)
+    check_owned(options, "teacher", ("teacher_groups", "teacher_dtype", "teacher_resolution"))
 
 
-def ask_teacher(options: TeacherOptions, groups: Sequence[Group], data: str) -> TeacherGroups | None:
-    """Group scores and modality gap of the teacher; None where none was given.
+def open_teacher(options: TeacherOptions, groups: Sequence[Group], data: str) -> Teacher | None:
+    """The teacher, which can be asked about the groups; it is not asked yet. None where none was given.
 
     Raises:
-        FieldmarkError: there are no groups, or the teacher cannot be asked about them.
+        FieldmarkError: there are no groups, or the teacher cannot be loaded or asked about them.
     """
     if options.teacher is None:
         return None
@@ -63,10 +67,18 @@ def ask_teacher(options: TeacherOptions, groups: Sequence[Group], data: str) -> 
         )
     import torch
 
-    from fieldmark.methods.teacher_groups import measure_teacher
+    from fieldmark.methods.teacher_groups import check_groups
     from fieldmark.teacher.model import Teacher
 
     teacher = Teacher.load(options.teacher, dtype=getattr(torch, options.teacher_dtype))
+    check_groups(teacher, groups, gap_groups=options.teacher_groups, resolution=options.teacher_resolution)
+    return teacher
+
+
+def ask_teacher(options: TeacherOptions, teacher: Teacher, groups: Sequence[Group]) -> TeacherGroups:
+    """Group scores and modality gap of the teacher that `open_teacher` gave."""
+    from fieldmark.methods.teacher_groups import measure_teacher
+
     return measure_teacher(teacher, groups, gap_groups=options.teacher_groups, resolution=options.teacher_resolution)
 
 
@@ -110,7 +122,13 @@ def print_teacher(options: TeacherOptions, found: TeacherGroups, student: Mappin
     gap = f"; gap on {len(found.gap_rows)} of them" if found.gap is not None else ""
     title = f"teacher {options.teacher} beside the student on {count} groups{gap}"
     print_table(title, ("metric", "student", "teacher", "95 % interval of the teacher's"), rows)
+    say(answers_line(found.answers))
+    print_categories("groups by category, teacher", found.by_category)
+
+
+def print_categories(title: str, categories: Mapping[str, Mapping[str, float]]) -> None:
+    """Group scores of each category; nothing where there are none."""
     names = (*SCORES, "n_groups")
-    lines = [(name, *(number(scores[key], key) for key in names)) for name, scores in found.by_category.items()]
-    if lines:
-        print_table("groups by category, teacher", ("category", *names), lines)
+    rows = [(name, *(number(scores[key], key) for key in names)) for name, scores in categories.items()]
+    if rows:
+        print_table(title, ("category", *names), rows)

@@ -10,6 +10,8 @@ from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import number, quiet_libraries
 from fieldmark.commands.labelling import (
     LabelOptions,
+    answers_line,
+    asked_now,
     check_negatives,
     check_out,
     find_negatives,
@@ -59,13 +61,12 @@ def run(argv: list[str]) -> None:
             "every photo, add a title column (--title_column)."
         )
     check_negatives(items, options.negatives)
-    teacher = load_teacher(options)
+    teacher = load_teacher(options.teacher, options.teacher_dtype)
     size = options.resolution
     with alignment_cache(out, teacher, size) as cache:
         known = {row["text"] for row in cache.rows.values()}
         new = [title for own in items.titles for title in own if title not in known]
-        if new:
-            check_texts(teacher, items.photos[0], new, resolution=size)
+        answers = check_texts(teacher, items.photos[0], new, resolution=size) if new else {}
         negatives = find_negatives(options, teacher, items, out, batch_size=options.batch_size, resolution=size)
         texts = candidate_texts(items.titles, negatives)
         before, started = len(cache.rows), time.monotonic()
@@ -82,11 +83,10 @@ def run(argv: list[str]) -> None:
     seconds = time.monotonic() - started
     pairs = sum(map(len, texts))
     asked = list(cache.rows.values())[before:]
-    if asked:
-        pace = len({row["photo"] for row in asked}) / seconds
-        say(f"{len(items.photos)} photos, {pairs} scores, {len(asked)} of them asked now, {pace:.1f} photos/s: {out}")
-    else:
-        say(f"{len(items.photos)} photos, {pairs} scores, all known before, nothing was asked: {out}")
+    now = asked_now(len(asked), len({row["photo"] for row in asked}), "photos", seconds)
+    say(f"{len(items.photos)} photos, {pairs} scores, {now}: {out}")
+    if answers:
+        say(answers_line(answers))
     _say_means(items.titles, scores)
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import quiet_libraries
-from fieldmark.commands.labelling import AskOptions, check_out, check_sampling, load_teacher, read_items, say
+from fieldmark.commands.labelling import (
+    AskOptions,
+    asked_now,
+    check_out,
+    check_sampling,
+    load_teacher,
+    read_items,
+    say,
+)
 
 
 @dataclass(kw_only=True)
@@ -56,7 +64,7 @@ def run(argv: list[str]) -> None:
     asked: list[tuple[Any, str | None]] = []
     for photo, titles in zip(items.photos, items.titles, strict=True):
         asked += [(photo, title) for title in titles] or [(photo, None)]
-    teacher = load_teacher(options)
+    teacher = load_teacher(options.teacher, options.teacher_dtype)
     with (
         attribute_cache(
             out,
@@ -78,8 +86,7 @@ def run(argv: list[str]) -> None:
             batch_size=options.batch_size,
             progress=job.update,
         )
-    speed = f"{labels.asked} of them asked now, {labels.asked / labels.seconds:.1f} answers/s"
-    now = speed if labels.asked else "all known before, nothing was asked"
+    now = asked_now(labels.asked, labels.asked, "answers", labels.seconds)
     say(f"{len(items.photos)} photos, {labels.answers} answers, {now}: {out}")
     for reason, count in labels.invalid.most_common():
         say(f"{count} answers are not valid: {reason}")

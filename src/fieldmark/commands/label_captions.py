@@ -9,6 +9,7 @@ from fieldmark.commands.arguments import parse, positive
 from fieldmark.commands.console import quiet_libraries
 from fieldmark.commands.labelling import (
     LabelOptions,
+    asked_now,
     check_negatives,
     check_out,
     check_sampling,
@@ -70,7 +71,7 @@ def run(argv: list[str]) -> None:
     form = PAPER_FORM if options.domain is None else comparison_form(load_domain(options.domain))
     items = read_items(options, out)
     check_negatives(items, options.negatives)
-    teacher = load_teacher(options)
+    teacher = load_teacher(options.teacher, options.teacher_dtype)
     sampling = {name: getattr(options, name) for name in ("temperature", "max_new_tokens", "seed")}
     with caption_cache(out, teacher, form=form, **sampling) as cache:
         negatives = find_negatives(options, teacher, items, out, batch_size=16, resolution=None)
@@ -89,11 +90,7 @@ def run(argv: list[str]) -> None:
                 progress=job.update,
             )
     asked, seconds = len(cache.rows) - before, time.monotonic() - started
-    now = (
-        f"{asked} of them asked now, {asked / seconds:.1f} answers/s"
-        if asked
-        else "all known before, nothing was asked"
-    )
+    now = asked_now(asked, asked, "answers", seconds)
     say(f"{len(items.photos)} photos, {len(pairs)} pairs, {captions.answers} answers, {now}: {out}")
     if captions.failed:
         say(f"{captions.failed} answers hold no two captions; they stand in the file without captions")

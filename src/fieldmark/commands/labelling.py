@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,14 +111,14 @@ def read_items(options: AskOptions, out: Path) -> LabelItems:
     return LabelItems(list(titles), [list(own) for own in titles.values()], list(labels.values()))
 
 
-def load_teacher(options: AskOptions) -> Teacher:
-    """The teacher in the precision that was asked for, on the accelerator where there is one."""
+def load_teacher(name: str, dtype: str) -> Teacher:
+    """A teacher or a generator in the precision that was asked for, on the accelerator where there is one."""
     import torch
 
     from fieldmark.teacher.model import Teacher
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Teacher.load(options.teacher, dtype=getattr(torch, options.teacher_dtype), device=device)
+    return Teacher.load(name, dtype=getattr(torch, dtype), device=device)
 
 
 def find_negatives(
@@ -169,6 +170,18 @@ def check_negatives(items: LabelItems, count: int) -> None:
             f"{short} of {len(items.photos)} photos have fewer than {count} others of another label and title to "
             "compare with; lower --negatives, or add photos."
         )
+
+
+def asked_now(asked: int, done: int, unit: str, seconds: float) -> str:
+    """How many answers were asked for now and how fast; `asked` is 0 where all were known, whatever the seconds."""
+    if not asked:
+        return "all known before, nothing was asked"
+    return f"{asked} of them asked now, {done / max(seconds, 1e-9):.1f} {unit}/s"
+
+
+def answers_line(answers: Mapping[str, int]) -> str:
+    """The tokens that a teacher's Yes and No are, by the words."""
+    return f"answers: {', '.join(f'{word!r} is token {token}' for word, token in answers.items())}"
 
 
 def say(text: str) -> None:

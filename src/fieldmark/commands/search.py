@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,8 @@ from fieldmark.errors import FieldmarkError
 
 if TYPE_CHECKING:
     from fieldmark.search.rows import Hit
+
+logger = logging.getLogger(__name__)
 
 URIS = ("aviary://", "tar://")
 
@@ -76,6 +79,12 @@ def run(argv: list[str]) -> None:
     if options.enrich == "query":
         check_takes_both(student, f"the model of {options.store}")
         added = _describe(options, embedded)
+        if not store.card.with_titles:
+            logger.warning(
+                "the items of %s have no titles in their vectors (--with_titles), attributes in queries do not belong "
+                "to them",
+                options.store,
+            )
         embedded = added["text"]
     vector = query_vector(student, image=options.image, text=embedded)
     hits = store.search(vector, options.k, options.where, words)

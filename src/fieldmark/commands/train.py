@@ -67,11 +67,11 @@ def show_run(out: Path) -> None:
     ]
     if rows:
         print_table(f"{metrics['method']}, seed {metrics['seed']}", ("", "before", "after", "change"), rows)
-    print_gains("instance_recall@1", enriched_rows(metrics))
+    print_gains("instance_recall@1", gains_of(metrics))
     console().print(f"{metrics['seconds']:.0f} s; the run: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
-def enriched_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def gains_of(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What attributes in queries gain, and what a generator's cost; empty where no query had any."""
     from fieldmark.commands.enriching import Gain, gain_rows
     from fieldmark.methods.afmrl_report import GENERATORS

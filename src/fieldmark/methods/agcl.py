@@ -15,7 +15,8 @@ assumptions, each a setting:
    product; the paper measures all three and does not say which it trains on.
 2. LoRA's alpha is 64 (VLM2Vec's; `lora_alpha`) and has no dropout.
 3. `enriched_share` of the query titles are followed by their attributes, as queries are at inference (`enrich`); the
-   paper enriches at inference and is silent on training.
+   paper enriches at inference and is silent on training. Of the catalogue's own attributes the category stays out of
+   all texts, since coarse retrieval counts it; it weighs negatives all the same.
 4. An item that shares product or title with a query is not its negative.
 5. BM25's statistics are those of the training items, fixed; Lucene's variant, k1 1.5, b 0.75. Chinese and Japanese are
    cut into pairs of characters, not by a dictionary.
@@ -46,7 +47,7 @@ from fieldmark.data.product_pairs import TASKS, ProductPairs, sample_products
 from fieldmark.data.squares import Squares
 from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.enriched import EnrichedEvaluation, evaluate_enriched
-from fieldmark.evaluation.products import categories_of
+from fieldmark.evaluation.products import CATEGORY, categories_of
 from fieldmark.losses.bm25 import BM25, Attributes
 from fieldmark.losses.cached import CachedColumnsLoss, ColumnsLoss
 from fieldmark.losses.contrastive import AttributeGuidedObjective
@@ -64,7 +65,7 @@ from fieldmark.students.enrich import enriched_text
 from fieldmark.students.frozen_tower import TowerTokens, remembered_tower
 from fieldmark.students.items import photo_side, tokenize_items
 from fieldmark.students.lora import merge_lora
-from fieldmark.teacher.attribute_labels import known_attributes
+from fieldmark.teacher.attribute_labels import CATALOGUE, known_attributes, without
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ class ProductTask:
     test_attributes: list[Attributes]
     tasks: tuple[str, ...]
     bad: list[BadPhoto]
+    unsaid: str | None = None  # attribute that weighs negatives and joins no title
 
 
 class ProductCollator:
@@ -178,7 +180,8 @@ class ProductCollator:
         memory_mb: int,
     ) -> None:
         self.student, self.batches, self.seed, self.share = student, batches, seed, enriched_share
-        self.titles, self.attributes = list(task.train["title"]), task.attributes
+        self.titles = list(task.train["title"])
+        self.attributes = task.attributes if task.unsaid is None else list(without(task.attributes, task.unsaid))
         self.squares = Squares(list(task.train["image"]), photo_side(student), memory_mb)
         self.keys = match_keys(task.train["label"][:], self.titles)
 
@@ -273,13 +276,17 @@ def open_task(config: AgclConfig) -> ProductTask:
         train = train.select(sample_products(train["label"][:], most, seed=config.seed))
     attributes = find_attributes(config, train)
     test_attributes: list[Attributes] = [None] * len(test)
+    # Coarse retrieval counts items of the category, which a query of the catalogue's own attributes must not be told.
+    unsaid = (config.category or CATEGORY) if config.attributes == CATALOGUE else None
     if config.enrich != "none":
         test_attributes = find_attributes(config, test)
+        if unsaid is not None:
+            test_attributes = list(without(test_attributes, unsaid))
     categories_of(test, config.category)  # refuses one that no item has
     if not (config.tasks or has_pairs(train)):
         logger.warning("no product of %s has two training items: trained on photos and titles alone", config.data)
     tasks = tuple(config.tasks or (TASKS if has_pairs(train) else TASKS[:2]))
-    return ProductTask(train, test, attributes, test_attributes, tasks, bad)
+    return ProductTask(train, test, attributes, test_attributes, tasks, bad, unsaid)
 
 
 def find_attributes(config: AgclConfig, rows: datasets.Dataset) -> list[Attributes]:

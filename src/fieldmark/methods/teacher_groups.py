@@ -26,7 +26,7 @@ from fieldmark.evaluation.uncertainty import bootstrap_intervals
 from fieldmark.progress import JobProgress
 from fieldmark.teacher.align import Aligner
 from fieldmark.teacher.inside import photo_scores, text_questions, text_scores
-from fieldmark.teacher.labels import alignment_cache, label_alignment
+from fieldmark.teacher.labels import alignment_cache, check_texts, label_alignment
 from fieldmark.teacher.model import Teacher, VisualTokens
 
 logger = logging.getLogger(__name__)
@@ -83,13 +83,8 @@ def measure_teacher(
     if len(groups) < 2 <= gap_groups:
         logger.warning("the teacher's modality gap is left out: one group alone has no other to be compared with")
     chosen = [groups[row] for row in rows]
-    first = teacher.visual_tokens([open_photo(groups[0].image_0)], resolution)
-    aligner = Aligner(teacher, first.tokens.shape[1])
-    for text in dict.fromkeys(text for group in groups for text in group.captions):
-        aligner.tail(text)
+    answers, questions = check_groups(teacher, groups, gap_groups=gap_groups, resolution=resolution, seed=seed)
     with on_accelerator(teacher):
-        # Before the group scores: what two captions make too long together is refused before hours of work.
-        questions = _text_questions(teacher, chosen) if chosen else []
         with tempfile.TemporaryDirectory() as folder:
             scores = score_groups(teacher, groups, Path(folder) / "alignment.parquet", resolution)
         tables = _tables(teacher, chosen, questions, resolution) if chosen else None
@@ -100,9 +95,26 @@ def measure_teacher(
         metrics |= gap.metrics | {f"{MATCHED}{name}": value for name, value in matched.items()}
         metrics["n_gap_groups"] = len(rows)
     categories = group_scores_by_category(scores, [group.category for group in groups])
-    return TeacherGroups(
-        scores, metrics, bootstrap_intervals(group_hits(scores)), categories, aligner.answers, gap, rows
-    )
+    return TeacherGroups(scores, metrics, bootstrap_intervals(group_hits(scores)), categories, answers, gap, rows)
+
+
+def check_groups(
+    teacher: Teacher, groups: Sequence[Group], *, gap_groups: int, resolution: int | None = None, seed: int = 0
+) -> tuple[dict[str, int], list[list[int]]]:
+    """Refuses, before hours of work, captions that the teacher cannot be asked about, alone or two of them together.
+
+    Arguments are those of `measure_teacher`.
+
+    Returns:
+        The teacher's answers (`Aligner.answers`), and the gap's questions about two captions each.
+
+    Raises:
+        FieldmarkError: the first photo cannot be read, or the teacher cannot be asked about a caption.
+    """
+    captions = [text for group in groups for text in group.captions]
+    answers = check_texts(teacher, groups[0].image_0, captions, resolution=resolution)
+    chosen = [groups[row] for row in gap_rows(len(groups), gap_groups, seed)]
+    return answers, _text_questions(teacher, chosen) if chosen else []
 
 
 def gap_rows(groups: int, count: int, seed: int = 0) -> list[int]:

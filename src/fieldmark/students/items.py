@@ -141,6 +141,28 @@ def encode_items(
     return vectors.numpy() if convert == "numpy" else vectors
 
 
+def too_long(student: SentenceTransformer, images: Sequence[PhotoRef], texts: Sequence[str]) -> list[int]:
+    """Which of N photos with a text each are more than the student reads; `tokenize_items` would refuse them."""
+    if not images:
+        return []
+    side, limit = photo_side(student), _context(student)
+    photo = load_square(images[0], side)  # all squares of one side are equally many tokens
+
+    def length(text: str) -> int:
+        features = student.preprocess([{"image": photo, "text": text}])  # type: ignore[list-item]
+        return features["input_ids"].shape[1]
+
+    room = limit - length("a")
+    # A token is a byte at least, so that hardly any text must be counted.
+    return [item for item, text in enumerate(texts) if len(text.encode()) > room and length(text) > limit]
+
+
+def _context(student: SentenceTransformer) -> int:
+    """Tokens that the student reads."""
+    transformer: Any = student[0]
+    return transformer.config.get_text_config().max_position_embeddings
+
+
 def _check_items(student: SentenceTransformer, images: Sequence[PhotoRef] | None, texts: Sequence[str] | None) -> None:
     """The student takes what is given, and there is something of it."""
     if not is_multimodal(student):
@@ -170,7 +192,7 @@ def _check_length(student: SentenceTransformer, features: dict[str, Any], texts:
     if texts is None:
         return
     transformer: Any = student[0]
-    limit = transformer.config.get_text_config().max_position_embeddings
+    limit = _context(student)
     if features["input_ids"].shape[1] < limit:
         return
     if embeds_both(student):

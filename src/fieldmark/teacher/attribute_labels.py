@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,11 @@ def known_attributes(rows: datasets.Dataset, source: str) -> list[Attributes | N
             "--attributes F.parquet of `fieldmark label attributes`"
         )
     return own
+
+
+def without(attributes: Sequence[Mapping[str, Any] | None], name: str) -> list[dict[str, Any] | None]:
+    """Attributes of each row but for `name`; None where there are no others."""
+    return [{key: value for key, value in (own or {}).items() if key != name} or None for own in attributes]
 
 
 def items_of(rows: datasets.Dataset) -> list[tuple[str, str | None]]:

@@ -94,14 +94,21 @@ def check_alignment(
         check_texts(teacher, photo, new, resolution=resolution)
 
 
-def check_texts(teacher: Teacher, photo: PhotoRef, texts: Iterable[str], *, resolution: int | None = None) -> None:
+def check_texts(
+    teacher: Teacher, photo: PhotoRef, texts: Iterable[str], *, resolution: int | None = None
+) -> dict[str, int]:
     """Refuses what cannot be asked about; one photo is looked at.
+
+    Returns:
+        The teacher's Yes and No with their token ids (`Aligner.answers`).
 
     Raises:
         FieldmarkError: the teacher cannot answer Yes or No, or a text cannot be asked about (see `Aligner`).
     """
     visual = teacher.visual_tokens([open_photo(photo)], resolution)
-    _check_texts(Aligner(teacher, visual.tokens.shape[1]), texts)
+    aligner = Aligner(teacher, visual.tokens.shape[1])
+    _check_texts(aligner, texts)
+    return aligner.answers
 
 
 def label_alignment(

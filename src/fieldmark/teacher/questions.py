@@ -134,6 +134,27 @@ class PhotoQuestions:
         return self.teacher.tokenizer(text, add_special_tokens=False).input_ids
 
 
+def check_questions(
+    teacher: Teacher,
+    photo: PhotoRef,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int,
+    resolution: int | None = None,
+) -> tuple[PhotoQuestions, list[list[int]]]:
+    """Refuses, before any is asked, questions that cannot be; one photo is looked at.
+
+    Returns:
+        Prompts of one photo and a question, and the `tail` of each question.
+
+    Raises:
+        FieldmarkError: the photo cannot be read, or a question cannot be asked.
+    """
+    probe = teacher.visual_tokens([open_photo(photo)], resolution)
+    asked = PhotoQuestions(teacher, probe.tokens.shape[1])
+    return asked, [asked.tail(question, max_new_tokens) for question in questions]
+
+
 def ask_about_photos(
     teacher: Teacher,
     photos: Sequence[PhotoRef],
@@ -165,9 +186,7 @@ def ask_about_photos(
     """
     if not photos:
         return
-    probe = teacher.visual_tokens([open_photo(photos[0])], resolution)
-    asked = PhotoQuestions(teacher, probe.tokens.shape[1])
-    tails = [asked.tail(question, max_new_tokens) for question in questions]
+    asked, tails = check_questions(teacher, photos[0], questions, max_new_tokens=max_new_tokens, resolution=resolution)
     for batch in _batches([len(tail) for tail in tails], batch_size):
         rolled = rollout(
             teacher,
