@@ -94,7 +94,7 @@ class RarConfig(RunConfig):
         tower_memory_mb: tokens kept between answers and steps, of each of the two frozen towers.
         patience_invalid: steps in a row without one valid answer after which the run stops.
         checkpoint_activations: recompute activations in the backward pass to save memory.
-        use_vllm: let vLLM generate (install trl[vllm]).
+        use_vllm: let vLLM generate (install fieldmark[vllm]).
         vllm_options: TRL's vLLM settings, e.g. {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}.
         learning_rate: of the generator; it falls linearly to 0.
         epochs: passes over the training items; `max_steps` wins where it is given.
@@ -142,7 +142,7 @@ class RarConfig(RunConfig):
             )
         if self.use_vllm and find_spec("vllm") is None:
             raise FieldmarkError(
-                "use_vllm was asked for and vLLM is not installed; install trl[vllm], or leave it out."
+                "use_vllm was asked for and vLLM is not installed; install fieldmark[vllm], or leave it out."
             )
         if self.lora_rank and not self.freeze_tower:
             raise FieldmarkError("Adapters are put on the language model only; give --lora_rank 0 to train the tower.")
